@@ -1,0 +1,52 @@
+"""Transfusion from scratch on scikit-learn's handwritten digits: it learns to draw and to name them.
+
+    jaxmm train --config experiments/digits/transfusion.py --workdir runs/digits
+
+A laptop CPU does it in a few minutes. `:short` is a run of seconds, for tests.
+"""
+
+from ml_collections import ConfigDict
+
+from jaxmm.data.sources import DIGIT_NAMES
+from jaxmm.models.transfusion import TransfusionConfig
+from jaxmm.training.config import base_config
+
+WORDS = ("a", *DIGIT_NAMES)
+SPECIAL = 3  # <pad>, <s>, </s>
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """`arg`: "" or "short"."""
+    text_ids = SPECIAL + len(WORDS)
+    model = TransfusionConfig(
+        width=128,
+        layers=4,
+        heads=4,
+        mlp_width=384,
+        vocab_size=text_ids + 2,
+        boi_id=text_ids,
+        eoi_id=text_ids + 1,
+        context=64,
+        image_size=(8, 8),
+        latent_channels=1,
+        patch_size=2,
+        time_features=64,
+        init_std=0.06,
+    )
+    config = base_config("transfusion", model)
+    config.data.options.split = "train"
+    config.data.words = WORDS
+    config.data.rows, config.data.tokens, config.data.images = 16, 88, 4
+    config.recipe.image_first, config.recipe.caption_dropout = 0.4, 0.2
+    config.optimizer.learning_rate = 2e-3
+    config.optimizer.weight_decay = 0.1
+    config.steps, config.ema = 2000, 0.998
+    config.log_every, config.checkpoint_every, config.sample_every = 50, 500, 500
+    config.samples.prompts = tuple(f"a {name}" for name in DIGIT_NAMES for _ in range(4))
+    config.samples.solver.update(dict(steps=50, guidance=2.0, clip=1.0))
+    config.evaluation.name = "digits"
+    if arg == "short":
+        config.steps, config.checkpoint_every, config.sample_every = 20, 10, 20
+        config.evaluation.options = ConfigDict(dict(drawings=20))
+        config.samples.solver.steps = 5
+    return config

@@ -1,0 +1,155 @@
+"""The command line: jaxmm VERB ...; each verb is one function."""
+
+import argparse
+import contextlib
+import ctypes
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from jaxmm.errors import InputError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb and return the exit code: 0, or 2 where the user has something to mend."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    overrides = [a.removeprefix("--config.") for a in arguments if a.startswith("--config.")]
+    parser = make_parser()
+    options = parser.parse_args([a for a in arguments if not a.startswith("--config.")])
+    if overrides and options.verb != "train":
+        parser.error(f"--config.{overrides[0].split('=')[0]}: only train takes overrides of its config")
+    options.overrides = overrides
+    keep_freed_memory()
+    try:
+        options.run(options)
+    except InputError as error:
+        print(f"jaxmm {options.verb}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def keep_freed_memory() -> None:
+    """Ask glibc not to give large buffers back to the kernel between two steps.
+
+    XLA frees its buffers after each step; on a CPU, faulting them in again page by page costs a quarter of a step.
+    Where the C library is another one, nothing happens.
+    """
+    arenas, mmap_threshold, trim_threshold = -8, -3, -1
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        for parameter, value in ((arenas, 1), (mmap_threshold, 2**30), (trim_threshold, 2**31 - 1)):
+            mallopt(parameter, value)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The verbs and their options."""
+    parser = argparse.ArgumentParser(prog="jaxmm", description="Unified multimodal models in JAX.")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    _add_train(verbs)
+    _add_generate(verbs)
+    _add_describe(verbs)
+    return parser
+
+
+def train(options: argparse.Namespace) -> None:
+    """Train the experiment and print its report."""
+    from jaxmm.training.config import load_config
+    from jaxmm.training.loop import Trainer
+
+    report = Trainer(load_config(options.config, options.overrides), Path(options.workdir)).run()
+    if report:
+        print(json.dumps(report, indent=2))
+
+
+def generate(options: argparse.Namespace) -> None:
+    """Draw images and write them."""
+    from jaxmm.data.images import grid, write_image
+    from jaxmm.inference import load
+
+    pipeline = load(options.checkpoint, mesh=_mesh())
+    solver = {name: getattr(options, name) for name in ("steps", "guidance", "solver")}
+    images = pipeline.generate(
+        options.prompt, count=options.count, seed=options.seed, batch_size=options.batch_size, **solver
+    )
+    output = Path(options.output)
+    if output.suffix:
+        write_image(output, grid(images, scale=options.scale) if len(images) > 1 or options.scale else images[0])
+        return
+    output.mkdir(parents=True, exist_ok=True)
+    for i, image in enumerate(images):
+        write_image(output / f"{i:05d}.png", image)
+
+
+def describe(options: argparse.Namespace) -> None:
+    """Print one line per image."""
+    from jaxmm.inference import load
+
+    pipeline = load(options.checkpoint, mesh=_mesh())
+    texts = pipeline.describe(
+        options.image,
+        limit=options.limit,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        seed=options.seed,
+        batch_size=options.batch_size,
+    )
+    for text in texts:
+        print(text)
+
+
+def _mesh():
+    """All devices, where there are several."""
+    import jax
+
+    from jaxmm.sharding import make_mesh
+
+    return make_mesh() if jax.device_count() > 1 else None
+
+
+def _add_train(verbs) -> None:
+    verb = verbs.add_parser(
+        "train",
+        help="train an experiment, or resume it",
+        description="Train an experiment. The same workdir, run again, resumes from its latest checkpoint.",
+        epilog="Any key of the config is overridden by --config.KEY=VALUE, for example --config.seed=3 or "
+        "--config.optimizer.learning_rate=1e-3.",
+    )
+    verb.add_argument("--config", required=True, metavar="FILE[:ARG]", help="experiments/<system>/<stage>.py[:size]")
+    verb.add_argument("--workdir", required=True, help="folder for checkpoints, metrics, samples and the report")
+    verb.set_defaults(run=train)
+
+
+def _add_generate(verbs) -> None:
+    verb = verbs.add_parser("generate", help="draw images from prompts", description="Draw images from prompts.")
+    verb.add_argument("--checkpoint", required=True, help="a workdir of `jaxmm train`")
+    verb.add_argument("--prompt", required=True, action="append", help="what to draw; repeat it for several prompts")
+    verb.add_argument("--count", type=int, default=1, help="images per prompt (default 1)")
+    verb.add_argument("--seed", type=int, default=0, help="the same seed draws the same images (default 0)")
+    verb.add_argument("--steps", type=int, help="evaluations of the network (default: the checkpoint's)")
+    verb.add_argument("--guidance", type=float, help="scale of classifier-free guidance (default: the checkpoint's)")
+    verb.add_argument("--solver", help="ancestral, ddim or euler (default: the checkpoint's)")
+    verb.add_argument("--scale", type=int, help="enlarge each pixel (default: grids of small images are enlarged)")
+    verb.add_argument("--batch-size", type=int, default=64, help="images that are drawn together (default 64)")
+    verb.add_argument(
+        "--output", required=True, help="a picture (several images make a grid), or a folder for one file per image"
+    )
+    verb.set_defaults(run=generate)
+
+
+def _add_describe(verbs) -> None:
+    verb = verbs.add_parser("describe", help="describe images in text", description="Print one line per image.")
+    verb.add_argument("--checkpoint", required=True, help="a workdir of `jaxmm train`")
+    verb.add_argument("--image", required=True, action="append", help="a picture; repeat it for several")
+    verb.add_argument("--limit", type=int, default=64, help="the most tokens of a description (default 64)")
+    verb.add_argument("--temperature", type=float, default=0.0, help="of sampling; 0 is greedy (default)")
+    verb.add_argument("--top-p", type=float, default=1.0, help="nucleus of sampling (default 1)")
+    verb.add_argument("--seed", type=int, default=0, help="of sampling (default 0)")
+    verb.add_argument("--batch-size", type=int, default=64, help="images that are read together (default 64)")
+    verb.set_defaults(run=describe)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

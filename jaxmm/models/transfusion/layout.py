@@ -1,0 +1,157 @@
+"""Documents and prompts as tokens (specification sections 2.4, 4, 5.1, 5.4, 5.5)."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from jaxmm.errors import InputError
+from jaxmm.models.system import Tokenizer
+from jaxmm.models.transfusion.config import TransfusionConfig
+from jaxmm.sequence import OPEN, Document, Image, ImageSlot, Intervals, Layout, StreamLayout, Text, causal, together
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What training leaves to chance.
+
+    Attributes:
+      image_first: share of the captioned images whose image comes first; the others have the caption first.
+      noise_limit: for images that come first, the share of the noise schedule that is used; 1 is no limit.
+      caption_dropout: share of the captions before an image that are dropped, for guidance.
+    """
+
+    image_first: float = 0.2
+    noise_limit: float = 0.5
+    caption_dropout: float = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """An image among the parts of a document, see `ImageSlot`."""
+
+    values: np.ndarray
+    noise_limit: float = 1.0
+    weight: float = 1.0
+
+
+class TransfusionLayouts:
+    """Writes `BOS text BOI patches EOI text EOS`.
+
+    Args:
+      config: of the model.
+      tokenizer: of the text, without special tokens.
+      recipe: keyword arguments of `Recipe`.
+    """
+
+    def __init__(self, config: TransfusionConfig, tokenizer: Tokenizer, **recipe):
+        self.config, self.tokenizer, self.recipe = config, tokenizer, Recipe(**recipe)
+
+    def train(self, document: Document, rng: np.random.Generator) -> Layout:
+        """A document to learn from: a caption and its image in either order, or any other sequence as it stands."""
+        c, segments = self.config, list(document.segments)
+        chances = rng.random(2)
+        limit = 1.0
+        if sorted(type(s).__name__ for s in segments) == ["Image", "Text"]:
+            segments.sort(key=lambda s: isinstance(s, Image) != (chances[0] < self.recipe.image_first))
+            if isinstance(segments[0], Text) and chances[1] < self.recipe.caption_dropout:
+                segments = segments[1:]
+            elif isinstance(segments[0], Image):
+                limit = self.recipe.noise_limit
+        parts = [c.bos_id]
+        for segment in segments:
+            if isinstance(segment, Text):
+                parts += self.tokenizer.encode(segment.text)
+            else:
+                parts += self._picture(segment, limit)
+        return arrange(c, [*parts, c.eos_id], example=document.example, name=document.name)
+
+    def draw(self, prompt: str | None) -> Layout:
+        """`BOS caption BOI`; the unconditional prompt has no caption."""
+        c = self.config
+        parts = [c.bos_id, *(self.tokenizer.encode(prompt) if prompt else []), c.boi_id]
+        layout = arrange(c, parts, end=OPEN, name=f"prompt {prompt!r}")
+        return self._fitting(layout, c.patches(*c.image_size) + 1)
+
+    def describe(self, pixels: np.ndarray) -> Layout:
+        """`BOS BOI image EOI`, the image clean."""
+        c = self.config
+        parts = [c.bos_id, *self._picture(Image(pixels, role="context"), 0.0)]
+        return self._fitting(arrange(c, parts, end=OPEN, name="image"), 1)
+
+    def continue_text(self, prompt: str) -> Layout:
+        """`BOS prompt`: what follows may be text, images, and text again."""
+        c = self.config
+        return self._fitting(arrange(c, [c.bos_id, *self.tokenizer.encode(prompt)], end=OPEN, name=f"{prompt!r}"), 1)
+
+    def _picture(self, image: Image, limit: float) -> list:
+        values = to_values(image.pixels)
+        given = image.role == "context"
+        picture = Picture(values, 0.0 if given else limit, 0.0 if given else 1.0)
+        return [self.config.boi_id, picture, self.config.eoi_id]
+
+    def _fitting(self, layout: Layout, more: int) -> Layout:
+        needed = layout.length + more
+        if needed > self.config.context:
+            raise InputError(
+                f"{layout.name}: {needed} tokens with what follows, the context holds {self.config.context}"
+            )
+        return layout
+
+
+def to_values(pixels: np.ndarray) -> np.ndarray:
+    """uint8 [H, W, C] -> float32 in [-1, 1]."""
+    return pixels.astype(np.float32) / 127.5 - 1.0
+
+
+def bucket_name(shape: Sequence[int]) -> str:
+    """Images of one height and width share a bucket: "256x256"."""
+    return f"{shape[0]}x{shape[1]}"
+
+
+def arrange(
+    c: TransfusionConfig, parts: Sequence[int | Picture], *, end: int | None = None, example: int = 0, name: str = ""
+) -> Layout:
+    """Lay out ids and pictures one behind the other; places and positions count all elements.
+
+    Args:
+      c: of the model.
+      parts: token ids and pictures.
+      end: the place at which the document ends; `OPEN` for a prompt. By default, behind its last token.
+      example, name: of the document.
+
+    Returns:
+      The layout with its labels: the next token where both are text, except after BOI.
+    """
+    sizes = [c.patches(*part.values.shape[:2]) if isinstance(part, Picture) else 1 for part in parts]
+    length = sum(sizes)
+    end = length if end is None else end
+    ids, in_image = np.full(length, c.pad_id, np.int32), np.zeros(length, bool)
+    bounds, images, place = [], [], 0
+    for part, size in zip(parts, sizes):
+        if isinstance(part, Picture):
+            spread = together if c.bidirectional else causal
+            bounds.append(spread(place, place + size, end))
+            in_image[place : place + size] = True
+            bucket = bucket_name(part.values.shape)
+            images.append(
+                ImageSlot(
+                    part.values, bucket, place, noise_limit=part.noise_limit, weight=part.weight, order=len(images)
+                )
+            )
+        else:
+            bounds.append(causal(place, place + 1, end))
+            ids[place] = part
+        place += size
+    labels, weights = _labels(c, ids, in_image)
+    intervals = Intervals(*(np.concatenate(b) for b in zip(*bounds)))
+    places = np.arange(length, dtype=np.int32)
+    stream = StreamLayout(ids, places, intervals, places, labels, weights)
+    return Layout({"tokens": stream}, tuple(images), length, example, name)
+
+
+def _labels(c: TransfusionConfig, ids: np.ndarray, in_image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Next-token labels and their weights: none at patches, at BOI, before a patch, or at the end."""
+    labels = np.append(ids[1:], np.int32(0)).astype(np.int32)
+    counted = ~in_image & ~np.append(in_image[1:], True) & (ids != c.boi_id)
+    return np.where(counted, labels, 0).astype(np.int32), counted.astype(np.float32)

@@ -1,0 +1,143 @@
+"""The network and its losses (specification sections 2 and 5)."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from jaxmm.attention import KVCache
+from jaxmm.autoencoders import Identity, KLAutoencoder
+from jaxmm.diffusion import timesteps
+from jaxmm.layers.linear import Embedding, Head, gather_rows, scatter_rows
+from jaxmm.layers.losses import Mean, cross_entropy, weighted
+from jaxmm.layers.parameters import normal
+from jaxmm.layers.timestep import TimestepEmbedding
+from jaxmm.models.transfusion.codec import LinearPatchDecoder, LinearPatchEncoder
+from jaxmm.models.transfusion.config import TransfusionConfig
+from jaxmm.models.transfusion.objective import make_objective
+from jaxmm.sequence import Batch, ImageSet
+from jaxmm.transformer import Transformer
+
+STREAM = "tokens"  # Transfusion has a single stream
+
+
+class Noised(NamedTuple):
+    """The images of one bucket as the network sees them: latents [B, N, H, W, C] at times [B, N]."""
+
+    latents: Array
+    time: Array
+
+
+class Output(NamedTuple):
+    """What the network says of a batch.
+
+    Attributes:
+      logits: float32 [B, L, V].
+      predictions: {bucket: float32 [B, N, H, W, C]}: noise (DDPM) or data - noise (flow).
+      cache: with the keys of this call written, if one was given.
+    """
+
+    logits: Array
+    predictions: dict[str, Array]
+    cache: KVCache | None
+
+
+class Transfusion(nnx.Module):
+    """One decoder-only transformer over text tokens and image patches."""
+
+    def __init__(self, config: TransfusionConfig, *, rngs: nnx.Rngs):
+        c = self.config = config
+        init = normal(c.init_std)
+        self.embed = Embedding(c.vocab_size, c.width, init=init, rngs=rngs)
+        self.transformer = Transformer(c.transformer, rngs=rngs)
+        self.head = None if c.tie_embeddings else Head(c.width, c.vocab_size, init=init, rngs=rngs)
+        self.time = TimestepEmbedding(c.time_features, c.time_width or c.width, max_period=c.time_max_period, rngs=rngs)
+        self.patch_encoder = LinearPatchEncoder(c, rngs=rngs)
+        self.patch_decoder = LinearPatchDecoder(c, rngs=rngs)
+        self.codec = Identity(c.latent_channels) if c.codec is None else KLAutoencoder(c.codec, rngs=rngs)
+
+    def __call__(
+        self, batch: Batch, images: dict[str, Noised], cache: KVCache | None = None, dtype=jnp.float32
+    ) -> tuple[Output, dict[str, Array]]:
+        """Read a batch whose images are already noised.
+
+        Args:
+          batch: tokens and the slots of its images; `images` replaces its values.
+          images: {bucket: Noised}.
+          cache: keys of what came before each row.
+          dtype: the format of the activations.
+        """
+        objective, tokens = make_objective(self.config), batch.streams[STREAM]
+        hidden, notes = self.embed(tokens.ids, dtype), {}
+        for bucket, noised in images.items():
+            time, timed = self.time(objective.network_time(noised.time))
+            patches = self.patch_encoder(noised.latents, time, dtype)
+            index = _patch_index(batch.images[bucket], patches.shape[2])
+            hidden = scatter_rows(hidden, index, patches.reshape(len(index), -1, patches.shape[-1]))
+            notes |= {f"{name}/{bucket}": x for name, x in timed.items()} | {f"patch_embeds/{bucket}": patches}
+        notes["inputs_embeds"] = hidden
+        hidden, cache, more = self.transformer({STREAM: hidden}, batch.streams, cache)
+        final = hidden[STREAM]
+        logits = self.embed.attend(final) if self.head is None else self.head(final)
+        predictions = {bucket: self._predict(final, batch.images[bucket], x.latents) for bucket, x in images.items()}
+        return Output(logits, predictions, cache), notes | more | {"final_hidden": final}
+
+    def loss(self, batch: Batch, key: jax.Array, dtype=jnp.float32) -> tuple[dict[str, Mean], dict[str, Array]]:
+        """Text and image losses of a training batch of pixels, as sums and counts.
+
+        Noise and times of an image depend on (key, its own number) alone, wherever it is packed.
+        """
+        keys = dict(zip(("posterior", "time", "noise"), jax.random.split(key, 3)))
+        data, noise, times = {}, {}, {}
+        for bucket, images in batch.images.items():
+            data[bucket] = self.encode(images, keys["posterior"])
+            noise[bucket] = timesteps.normal_per_example(keys["noise"], images.example, data[bucket].shape[2:])
+            times[bucket] = make_objective(self.config).draw_time(keys["time"], images.example, images.noise_limit)
+        return self.loss_at(batch, data, noise, times, dtype)
+
+    def loss_at(
+        self, batch: Batch, data: dict[str, Array], noise: dict[str, Array], times: dict[str, Array], dtype=jnp.float32
+    ) -> tuple[dict[str, Mean], dict[str, Array]]:
+        """The losses for given latents, noise and times, each {bucket: ...}."""
+        objective, tokens = make_objective(self.config), batch.streams[STREAM]
+        images = {}
+        for bucket, x in data.items():
+            limit = batch.images[bucket].noise_limit
+            noised = objective.add_noise(x, noise[bucket], times[bucket])
+            clean = (limit == 0)[..., None, None, None]
+            images[bucket] = Noised(jnp.where(clean, x, noised), jnp.where(limit == 0, objective.clean, times[bucket]))
+        output, notes = self(batch, images, dtype=dtype)
+        terms = {"text": weighted(cross_entropy(output.logits, tokens.labels), tokens.weights)}
+        sums, counts = [], []
+        for bucket, prediction in output.predictions.items():
+            target = objective.target(data[bucket], noise[bucket])
+            each = jnp.mean(jnp.square(target - prediction), axis=(2, 3, 4))
+            term = weighted(each, batch.images[bucket].weight)
+            sums, counts = [*sums, term.sum], [*counts, term.count]
+            notes |= {f"noised/{bucket}": images[bucket].latents, f"target/{bucket}": target}
+            notes |= {f"image_loss/{bucket}": each, f"prediction/{bucket}": prediction}
+        terms["image"] = Mean(sum(sums, jnp.zeros(())), sum(counts, jnp.zeros(())))
+        return terms, notes | {"logits": output.logits}
+
+    def encode(self, images: ImageSet, key: jax.Array | None = None) -> Float[Array, "B N H W C"]:
+        """Pixels to latents by the frozen codec: the mean, or with a key a posterior sample per image."""
+        b, n, *shape = images.values.shape
+        flat = images.values.reshape(b * n, *shape)
+        size = (shape[0] // self.config.downscale, shape[1] // self.config.downscale, self.config.latent_channels)
+        noise = None if key is None else timesteps.normal_per_example(key, images.example.reshape(-1), size)
+        latents, _ = self.codec.encode(flat, noise)
+        return jax.lax.stop_gradient(latents.reshape(b, n, *size).astype(jnp.float32))
+
+    def _predict(self, hidden: Array, images: ImageSet, latents: Array) -> Float[Array, "B N H W C"]:
+        b, n, height, width, _ = latents.shape
+        count = (height // self.config.patch_size) * (width // self.config.patch_size)
+        patches = gather_rows(hidden, _patch_index(images, count))
+        return self.patch_decoder(patches.reshape(b, n, count, -1), height, width)
+
+
+def _patch_index(images: ImageSet, patches: int) -> Array:
+    """Where the patches of each image are in their row, [B, N * patches]; negative where there is no image."""
+    index = images.slot[:, :, None] + jnp.arange(patches)
+    return jnp.where(images.slot[:, :, None] < 0, -1, index).reshape(len(images.slot), -1)

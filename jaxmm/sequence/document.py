@@ -1,0 +1,47 @@
+"""What a person would recognise: text and images, in the order of reading."""
+
+import dataclasses
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """A run of text.
+
+    Attributes:
+      text: the words themselves.
+      role: what the text is to its document ("caption", "question", "answer", ...); systems say which roles they know.
+    """
+
+    text: str
+    role: str = "caption"
+
+
+@dataclasses.dataclass(frozen=True)
+class Image:
+    """One image.
+
+    Attributes:
+      pixels: uint8 [H, W, C], C = 1 or 3.
+      role: "target" (to be drawn: noised and trained on) or "context" (given: clean).
+    """
+
+    pixels: np.ndarray
+    role: str = "target"
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+    """Segments in the order of reading.
+
+    Attributes:
+      segments: text and images.
+      example: a number that stays the same whatever row, batch or host the document lands in; the noise of its images
+        is drawn from it.
+      name: where it comes from (file and line, index), for messages.
+    """
+
+    segments: tuple[Text | Image, ...]
+    example: int = 0
+    name: str = ""

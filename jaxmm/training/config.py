@@ -1,0 +1,168 @@
+"""What an experiment says: an `ml_collections.ConfigDict` whose keys and types are fixed by `base_config`."""
+
+import ast
+import dataclasses
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from jaxmm.errors import InputError, nearest
+from jaxmm.models import get_system
+
+
+def base_config(system: str, model: Any) -> ConfigDict:
+    """The defaults of every experiment.
+
+    Args:
+      system: name of the system.
+      model: its config dataclass.
+
+    Returns:
+      A config with all the keys that there are:
+        system, model: what is trained; `model` holds the fields of the system's config.
+        recipe: keyword arguments of the system's layouts: what training leaves to chance.
+        tokenizer: "words" (built from `data.words`), a Hugging Face name, or a folder.
+        data: source and its options, rows of the global batch, budgets of a row.
+        optimizer: AdamW, its schedule, and regular expressions over parameter paths.
+        steps, seed: length of the run, and the seed of parameters, data and noise.
+        policy: number formats, see `Policy.named`.
+        mesh: sizes of the mesh axes; one may be -1.
+        codec: folder of the frozen autoencoder's weights, in diffusers' layout.
+        ema: decay of the averaged weights; 0 keeps none.
+        log_every, checkpoint_every, sample_every: in steps; 0 is never.
+        keep_last, keep_every: which checkpoints stay.
+        samples: prompts of the pictures drawn on the way, and the solver's options.
+        evaluation: the benchmark of the final report and its options; "" is none.
+    """
+    config = ConfigDict()
+    config.system, config.model = system, model_dict(model)
+    config.recipe = model_dict(get_system(system).recipe())
+    config.tokenizer = "words"
+    config.data = ConfigDict(
+        dict(
+            source="digits",
+            options=ConfigDict(),
+            words=(),
+            rows=32,
+            tokens=256,
+            images=8,
+            open_rows=4,
+            prefetch=2,
+        )
+    )
+    config.optimizer = ConfigDict(
+        dict(
+            learning_rate=3e-4,
+            final_learning_rate=0.0,
+            warmup_steps=100,
+            schedule="cosine",
+            b1=0.9,
+            b2=0.95,
+            eps=1e-8,
+            weight_decay=0.1,
+            no_decay=(r".*\.(scale|bias)",),
+            clip_norm=1.0,
+            frozen=(r"codec\..*",),
+            multipliers=(),
+        )
+    )
+    config.steps, config.seed, config.policy = 1000, 0, "auto"
+    config.mesh = ConfigDict(dict(data=1, fsdp=-1, tensor=1, context=1))
+    config.codec, config.ema = "", 0.0
+    config.log_every, config.checkpoint_every, config.sample_every = 20, 1000, 0
+    config.keep_last, config.keep_every = 3, 0
+    config.samples = ConfigDict(dict(prompts=(), solver=model_dict(get_system(system).draw_options())))
+    config.evaluation = ConfigDict(dict(name="", options=ConfigDict()))
+    return config
+
+
+def model_dict(model: Any) -> ConfigDict:
+    """A config dataclass as a ConfigDict, without the fields that are None."""
+    fields = {}
+    for field in dataclasses.fields(model):
+        value = getattr(model, field.name)
+        if dataclasses.is_dataclass(value):
+            fields[field.name] = model_dict(value)
+        elif value is not None:
+            fields[field.name] = value
+    return ConfigDict(fields)
+
+
+def model_config(config: ConfigDict) -> Any:
+    """The system's config dataclass from `config.model`."""
+    return get_system(config.system).config.from_dict(config.model.to_dict())
+
+
+def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
+    """Load an experiment and apply overrides.
+
+    Args:
+      spec: "path.py" or "path.py:argument"; the file has `get_config(argument="")`.
+      overrides: "a.b=value" each, typed by the value they replace.
+
+    Raises:
+      InputError: for a missing or broken file, a wrong argument, an unknown key or an ill-typed value.
+    """
+    path, _, argument = spec.partition(":")
+    if not Path(path).is_file():
+        raise InputError(f"no config file {path}")
+    module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    if module_spec is None:
+        raise InputError(f"{path} is no Python file")
+    module = importlib.util.module_from_spec(module_spec)
+    try:
+        module_spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise InputError(f"{path}:{error.lineno}: {error.msg}") from error
+    if not hasattr(module, "get_config"):
+        raise InputError(f"{path} has no get_config(argument)")
+    config = module.get_config(argument)
+    for override in overrides:
+        apply_override(config, override)
+    return config.lock()
+
+
+def apply_override(config: ConfigDict, override: str) -> None:
+    """Set one key of a config from "a.b=value"."""
+    key, equals, text = override.partition("=")
+    if not equals:
+        raise InputError(f"override {override!r}: write --config.{key}=value")
+    known = flat_keys(config)
+    if key not in known:
+        raise InputError(f"unknown config key {key!r}{nearest(key, known)}")
+    parent, _, name = key.rpartition(".")
+    node = config
+    for part in parent.split(".") if parent else ():
+        node = node[part]
+    with node.unlocked():
+        node[name] = _parse(key, text, known[key])
+
+
+def flat_keys(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
+    """{dotted key: value} of all leaves."""
+    flat = {}
+    for key, value in config.items():
+        if isinstance(value, ConfigDict):
+            flat |= flat_keys(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _parse(key: str, text: str, old: Any) -> Any:
+    if isinstance(old, str):
+        return text
+    try:
+        value = ast.literal_eval(text.capitalize() if text in ("true", "false") else text)
+    except (ValueError, SyntaxError):
+        value = text
+    if isinstance(old, float) and type(value) is int:
+        value = float(value)
+    if isinstance(old, tuple) and isinstance(value, list):
+        value = tuple(value)
+    if type(value) is not type(old):
+        raise InputError(f"config key {key!r} takes {type(old).__name__}, not {text!r}")
+    return value

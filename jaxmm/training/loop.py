@@ -1,0 +1,188 @@
+"""The training loop: steps, checkpoints, samples, the final report. The workdir alone decides whether a run resumes."""
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+import jaxmm
+from jaxmm.checkpoints import Checkpoints, read_description, write_description, write_json
+from jaxmm.data.images import grid, write_image
+from jaxmm.errors import InputError
+from jaxmm.evaluation import get_benchmark
+from jaxmm.inference import Pipeline
+from jaxmm.layers.parameters import Policy
+from jaxmm.models import get_system
+from jaxmm.paths import matches
+from jaxmm.sequence import Batch
+from jaxmm.sharding import make_mesh, rows_sharding
+from jaxmm.training.config import model_config
+from jaxmm.training.inputs import check_vocabulary, codec_weights, make_batches, make_tokenizer
+from jaxmm.training.metrics import MetricWriter, Progress
+from jaxmm.training.optimizer import make_optimizer, make_schedule
+from jaxmm.training.state import State, StateMaker, weights_of
+from jaxmm.training.step import make_step
+
+
+class Trainer:
+    """All that a run needs, made from its config.
+
+    Args:
+      config: see `base_config`.
+      workdir: of the run; it is made if it is not there.
+
+    Raises:
+      InputError: for what is wrong in the config, its data, or a workdir of another run.
+    """
+
+    def __init__(self, config: ConfigDict, workdir: Path):
+        self.config, self.workdir = config, workdir
+        self.system, self.model = get_system(config.system), model_config(config)
+        self.policy, self.mesh = Policy.named(config.policy), make_mesh(**config.mesh)
+        self.blueprint = self.system.blueprint(self.model)
+        self.tokenizer = make_tokenizer(config)
+        check_vocabulary(self.tokenizer, self.model)
+        layouts = self.system.layouts(self.model, self.tokenizer, **config.recipe)
+        self.batches = make_batches(config, self.model, layouts)
+        trainable = [path for path in self.blueprint.parameters if not matches(config.optimizer.frozen, path)]
+        optimizer = make_optimizer(config.optimizer, config.steps, trainable)
+        self.maker = StateMaker(self.blueprint, optimizer, config.optimizer.frozen, self.mesh, self.policy, config.ema)
+        weights = self.system.term_weights(self.model)
+        step = make_step(self.blueprint, optimizer, weights, self.policy, ema=config.ema)
+        self.step = jax.jit(step, donate_argnums=0)
+        self.schedule = make_schedule(config.optimizer, config.steps)
+
+    def run(self) -> dict[str, Any]:
+        """Train to the last step, then evaluate; return the report ({} without an evaluation)."""
+        begin = time.perf_counter()
+        self._describe_run()
+        config = self.config
+        checkpoints = Checkpoints(self.workdir, keep_last=config.keep_last, keep_every=config.keep_every or None)
+        with jax.set_mesh(self.mesh):
+            iterator = iter(self.batches)
+            state = self._start(checkpoints, iterator)
+            state = self._steps(state, iterator, checkpoints)
+            iterator.close()
+            checkpoints.close()
+        return self._report(state, time.perf_counter() - begin)
+
+    def _describe_run(self) -> None:
+        """Write what the checkpoint is; refuse a workdir that holds another model."""
+        description = {
+            "system": self.config.system,
+            "model": dataclasses.asdict(self.model),
+            "frozen": list(self.config.optimizer.frozen),
+            "draw_options": self.config.samples.solver.to_dict(),
+            "made_by": f"jaxmm {jaxmm.__version__} train",
+        }
+        if (self.workdir / "model.json").exists():
+            old = read_description(self.workdir)
+            if (old["system"], old["model"]) != (description["system"], _as_json(description["model"])):
+                raise InputError(f"{self.workdir} holds a run of another model; take another --workdir")
+        self.workdir.mkdir(parents=True, exist_ok=True)
+        write_description(self.workdir, description, self.tokenizer)
+        write_json(self.workdir / "config.json", self.config.to_dict())
+
+    def _start(self, checkpoints: Checkpoints, iterator: Any) -> State:
+        latest = checkpoints.latest()
+        if latest is not None:
+            return self.maker.restore(checkpoints, latest, iterator)
+        given = codec_weights(self.config.codec, self.model)
+        return self.maker.init(jax.random.fold_in(jax.random.key(self.config.seed), 0), given)
+
+    def _steps(self, state: State, iterator: Any, checkpoints: Checkpoints) -> State:
+        c, start = self.config, int(state["step"])
+        key = jax.random.fold_in(jax.random.key(c.seed), 1)
+        writer, progress = MetricWriter(self.workdir, start), Progress(c.steps, start)
+        clock, since = time.perf_counter(), start
+        for step in range(start + 1, c.steps + 1):
+            state, metrics = self.step(state, self._place(next(iterator)), key)
+            progress.advance()
+            if _due(c.log_every, step, c.steps):
+                values = {name: float(x) for name, x in metrics.items()}
+                seconds = (time.perf_counter() - clock) / (step - since)
+                values |= {
+                    "learning_rate": float(self.schedule(step - 1)),
+                    "tokens_per_second": values.pop("tokens") / seconds,
+                    "seconds_per_step": seconds,
+                }
+                writer.write(step, values)
+                progress.show(values)
+            if _due(c.sample_every, step, c.steps) and c.samples.prompts:
+                path = self._samples(state, step, writer)
+                progress.say(f"step {step}: {path}")
+            if _due(c.checkpoint_every, step, c.steps):
+                self.maker.save(checkpoints, state, iterator)
+            if _due(c.log_every, step, c.steps):
+                clock, since = time.perf_counter(), step
+        progress.close()
+        writer.close()
+        return state
+
+    def _place(self, batch: Batch) -> Batch:
+        """This process's rows of the global batch, on its devices."""
+        sharding = rows_sharding(self.mesh, self.config.data.rows)
+        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+
+    def _samples(self, state: State, step: int, writer: MetricWriter) -> Path:
+        pixels = grid(self.pipeline(state).generate(list(self.config.samples.prompts), seed=self.config.seed))
+        path = self.workdir / "samples" / f"{step:08d}.png"
+        path.parent.mkdir(exist_ok=True)
+        write_image(path, pixels)
+        writer.write_image(step, "samples", pixels)
+        return path
+
+    def pipeline(self, state: State) -> Pipeline:
+        """The model as it stands, ready to generate and describe."""
+        if not hasattr(self, "_pipeline"):
+            self._pipeline = Pipeline(
+                self.system,
+                self.model,
+                {},
+                self.tokenizer,
+                draw_options=self.config.samples.solver.to_dict(),
+                dtype=self.policy.compute,
+                mesh=self.mesh if self.mesh.size > 1 else None,
+            )
+        self._pipeline.params = weights_of(state)
+        return self._pipeline
+
+    def _report(self, state: State, seconds: float) -> dict[str, Any]:
+        c = self.config
+        if not c.evaluation.name:
+            return {}
+        begin = time.perf_counter()
+        report = get_benchmark(c.evaluation.name)(self.pipeline(state), seed=c.seed, **c.evaluation.options)
+        seconds += time.perf_counter() - begin
+        report |= {"seed": c.seed, "steps": c.steps, "wall_seconds": seconds, "matmul_seconds": matmul_seconds()}
+        write_json(self.workdir / "report.json", report)
+        return report
+
+
+def matmul_seconds(size: int = 2048, repeats: int = 5) -> float:
+    """The median time of one float32 matrix product of size x size: how fast this machine is just now."""
+    x = jnp.ones((size, size), jnp.float32)
+    product = jax.jit(jnp.matmul)
+    product(x, x).block_until_ready()
+    times = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        product(x, x).block_until_ready()
+        times.append(time.perf_counter() - begin)
+    return float(np.median(times))
+
+
+def _due(every: int, step: int, last: int) -> bool:
+    return bool(every) and (step % every == 0 or step == last)
+
+
+def _as_json(fields: Any) -> Any:
+    """Tuples become lists, as in a file."""
+    if isinstance(fields, dict):
+        return {key: _as_json(value) for key, value in fields.items()}
+    return [_as_json(x) for x in fields] if isinstance(fields, (list, tuple)) else fields
