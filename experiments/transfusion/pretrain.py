@@ -5,9 +5,10 @@
 
 Sizes: 0.16b, 0.37b, 0.76b, 1.4b, 7b. Controlled runs of the paper: 250,000 steps of 2 million tokens (0.5T tokens),
 AdamW (0.9, 0.95, 1e-8), weight decay 0.1, clip 1.0, learning rate 3e-4 after 4000 steps, cosine to 1.5e-5, caption
-first in 80 % of the pairs. The paper names no hardware; its VAE was never released: give the folder of one with 8
-latent channels in diffusers' layout. The paper mixes pairs with text alone in equal shares of tokens; this config trains on
-the pairs. `:runlocal` is a run of a minute on a laptop, on the digits that ship with scikit-learn.
+first in 80 % of the pairs. The paper names no hardware. Its VAE was never
+released: give the folder of one with 8 latent channels in diffusers' layout. The paper mixes pairs with text alone in
+equal shares of tokens; this config trains on the pairs. `:runlocal` is a run of a minute on a laptop, on the digits
+that ship with scikit-learn.
 
 What to expect at 7b and 0.5T tokens (paper, table 3): COCO FID 16.8, CIDEr 27.2, C4 perplexity 7.72.
 """

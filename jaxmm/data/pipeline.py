@@ -2,7 +2,8 @@
 
 Row b of the global batch packs the documents b, b + B, b + 2B, ... of the shuffled, endless sequence: each row is a
 lane of its own. So the batch does not depend on the number of processes: each packs the lanes of its own rows. The
-state of a lane is the number of the next document and the numbers of those in its open rows; layouts are made again from them.
+state of a lane is the number of the next document and the numbers of those in its open rows; layouts are made again
+from them.
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
 """Parameters: one description each, and networks that are built from a plain dict of them.
 
 A network is an `nnx.Module`, used as a plain pytree. Its parameters live outside it, in a flat dict
-{path: array} with paths like `transformer.layers.tokens.attention.query.kernel`; a stack of layers is one array with a
+{path: array} with paths like `transformer.layers.streams.tokens.query.kernel`; a stack of layers is one array with a
 leading axis. The dict is what is differentiated, sharded, saved and converted.
 """
 
@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxmm.errors import InputError, nearest
 from jaxmm.sharding import Parameter
 
 Params = dict[str, jax.Array]
@@ -102,6 +103,8 @@ class Policy:
             "mixed": cls(jnp.float32, jnp.bfloat16),
             "bfloat16": cls(jnp.bfloat16, jnp.bfloat16),
         }
+        if name not in policies:
+            raise InputError(f"unknown policy {name!r}{nearest(name, [*policies, 'auto'])}")
         return policies[name]
 
 

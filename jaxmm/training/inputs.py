@@ -54,10 +54,8 @@ def codec_weights(folder: str, model: Any) -> dict[str, np.ndarray]:
     found, weights = load_diffusers(folder)
     if model.codec is None:
         raise InputError(f"codec {folder} is given, but the model's config has none")
-    fields = vars(found)
-    differing = [
-        f"{name} {fields[name]}, not {value}" for name, value in vars(model.codec).items() if fields[name] != value
-    ]
+    fields, wanted = vars(found), vars(model.codec)
+    differing = [f"{name} {fields[name]}, not {wanted[name]}" for name in wanted if fields[name] != wanted[name]]
     if differing:
         raise InputError(f"codec {folder} differs from the config's model.codec: it has " + "; ".join(differing))
     return {f"codec.{path}": value for path, value in weights.items()}
