@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import ctypes
 import json
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--config.{overrides[0].split('=')[0]}: only train takes overrides of its config")
     options.overrides = overrides
     keep_freed_memory()
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of files that our checkpoints do without
     try:
         options.run(options)
     except InputError as error:

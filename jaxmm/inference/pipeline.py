@@ -114,6 +114,53 @@ class Pipeline:
         ids = [row for part in self._chunks(layouts, seed, batch_size, write) for row in part]
         return [self.tokenizer.decode(row) for row in ids]
 
+    def complete(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        images: int = 1,
+        limit: int = 64,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        batch_size: int = 64,
+        **options,
+    ) -> list[list[str | np.ndarray]]:
+        """Go on from text with whatever the model writes or draws.
+
+        Args:
+          prompts: beginnings.
+          images: the most images per prompt.
+          limit: the most tokens between two images.
+          temperature, top_p, seed, batch_size: as in `describe`.
+          options: of the system's solver, as in `generate`.
+
+        Returns:
+          for each prompt the parts that follow it in order: strings, and images uint8 [H, W, C].
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        _check_counts(limit=limit, batch_size=batch_size)
+        options, sampler = self._options(options), TokenSampler(temperature, top_p)
+        layouts = [self.layouts.prompt(prompt) for prompt in prompts]
+
+        def write(chunk, keys):
+            return self._decoder.complete(self.params, chunk, keys, sampler, options, limit, images, self._place)
+
+        return [self._parts(row) for part in self._chunks(layouts, seed, batch_size, write) for row in part]
+
+    def _parts(self, row: list) -> list[str | np.ndarray]:
+        """Runs of ids become strings; special ids vanish, and with them runs of nothing else."""
+        parts, ids = [], []
+        for part in [*row, None]:
+            if isinstance(part, int):
+                ids.append(part)
+                continue
+            text = self.tokenizer.decode(ids)
+            parts += [text] if text else []
+            parts += [] if part is None else [from_values(part)]
+            ids = []
+        return parts
+
     def _chunks(self, layouts: list, seed: int, size: int, run: Callable) -> list:
         """Run chunks of one size; the last is filled up with copies that are dropped again."""
         size = min(size, len(layouts))

@@ -5,9 +5,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from jaxmm.attention import attend
 from jaxmm.layers.linear import Linear
 from jaxmm.layers.norms import GroupNorm
 from jaxmm.layers.parameters import Initializer, param, zeros
+from jaxmm.sequence import Intervals
 
 Padding = tuple[tuple[int, int], tuple[int, int]]
 
@@ -86,14 +88,7 @@ class PixelAttention(nnx.Module):
     def __call__(self, x: Float[Array, "N H W C"]) -> Float[Array, "N H W C"]:
         n, h, w, c = x.shape
         y = self.norm(x).reshape(n, h * w, c)
-        y = self.out(softmax_attention(self.query(y), self.key(y), self.value(y)))
-        return x + y.reshape(x.shape)
-
-
-def softmax_attention(
-    q: Float[Array, "N L C"], k: Float[Array, "N M C"], v: Float[Array, "N M C"]
-) -> Float[Array, "N L C"]:
-    """softmax(q k^T / sqrt(C)) v without a mask, computed in float32 and returned in the format of q."""
-    q32, k32, v32 = (array.astype(jnp.float32) for array in (q, k, v))
-    logits = jnp.einsum("nlc,nmc->nlm", q32, k32) * q.shape[-1] ** -0.5
-    return jnp.einsum("nlm,nmc->nlc", jax.nn.softmax(logits, axis=-1), v32).astype(q.dtype)
+        q, k, v = (project(y)[:, :, None] for project in (self.query, self.key, self.value))
+        places = jnp.zeros((n, h * w), jnp.int32)
+        mixed = attend(q, k, v, places, Intervals(places, places + 1))
+        return x + self.out(mixed[:, :, 0]).reshape(x.shape)

@@ -7,9 +7,9 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from jaxmm.layers.losses import Mean
 from jaxmm.layers.parameters import Blueprint, Params
-from jaxmm.sequence import Batch, Document, Layout
+from jaxmm.sequence import Document, Layout
+from jaxmm.transformer import TokenSampler
 from jaxmm.weights import Table
 
 
@@ -32,20 +32,45 @@ class Layouts(Protocol):
         """A prompt that ends where an image begins; None is the unconditional prompt of guidance."""
         ...
 
+    def prompt(self, prompt: str) -> Layout:
+        """Text that goes on with whatever the model writes or draws."""
+        ...
+
     def describe(self, pixels: np.ndarray) -> Layout:
         """A prompt that shows an image and ends where its description begins."""
         ...
 
 
 class Decoder(Protocol):
-    """How a system continues prompts."""
+    """How a system continues prompts, a batch of rows at a time.
 
-    def draw(self, params: Params, prompts: list[Layout], unconditional: list[Layout], seeds: np.ndarray, options: Any):
-        """One image per prompt: pixels float32 [B, H, W, C] in [-1, 1]."""
+    `keys` are one per row; `options` are the system's `draw_options`; `place` puts a batch on the devices.
+    """
+
+    def draw(
+        self, params: Params, prompts: list[Layout], unconditional: list[Layout], keys: jax.Array, options: Any, place
+    ) -> np.ndarray:
+        """One image per prompt: pixels float32 [B, H, W, C], nominally in [-1, 1]."""
         ...
 
-    def describe(self, params: Params, prompts: list[Layout], seeds: np.ndarray, options: Any) -> list[list[int]]:
-        """The ids that follow each prompt, up to its end."""
+    def describe(
+        self, params: Params, prompts: list[Layout], keys: jax.Array, sampler: TokenSampler, limit: int, place
+    ) -> list[list[int]]:
+        """The ids that follow each prompt, up to its end or `limit` tokens."""
+        ...
+
+    def complete(
+        self,
+        params: Params,
+        prompts: list[Layout],
+        keys: jax.Array,
+        sampler: TokenSampler,
+        options: Any,
+        limit: int,
+        images: int,
+        place,
+    ) -> list[list]:
+        """Ids and images (float32 [H, W, C]) that follow each prompt."""
         ...
 
 
@@ -76,6 +101,3 @@ class System:
     draw_options: type
     table: Callable[[Any, Blueprint], Table]
     term_weights: Callable[[Any], dict[str, float]]
-
-
-LossFunction = Callable[[Params, Batch, jax.Array], tuple[dict[str, Mean], dict[str, jax.Array]]]

@@ -34,7 +34,7 @@ def base_config(system: str, model: Any) -> ConfigDict:
         ema: decay of the averaged weights; 0 keeps none.
         log_every, checkpoint_every, sample_every: in steps; 0 is never.
         keep_last, keep_every: which checkpoints stay.
-        samples: prompts of the pictures drawn on the way, and the solver's options.
+        samples: prompts of the pictures drawn on the way, columns of their grid (0: about square), solver options.
         evaluation: the benchmark of the final report and its options; "" is none.
     """
     config = ConfigDict()
@@ -74,7 +74,7 @@ def base_config(system: str, model: Any) -> ConfigDict:
     config.codec, config.ema = "", 0.0
     config.log_every, config.checkpoint_every, config.sample_every = 20, 1000, 0
     config.keep_last, config.keep_every = 3, 0
-    config.samples = ConfigDict(dict(prompts=(), solver=model_dict(get_system(system).draw_options())))
+    config.samples = ConfigDict(dict(prompts=(), columns=0, solver=model_dict(get_system(system).draw_options())))
     config.evaluation = ConfigDict(dict(name="", options=ConfigDict()))
     return config
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import grain
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from jaxmm.autoencoders import load_diffusers
@@ -31,9 +32,19 @@ def check_vocabulary(tokenizer: TextTokenizer, model: Any) -> None:
         )
 
 
+def check_rows(rows: int, mesh: Mesh) -> None:
+    """Raise InputError if the rows of a batch cannot be shared by the devices."""
+    shares = mesh.shape["data"] * mesh.shape["fsdp"]
+    if rows < 1 or rows % shares:
+        raise InputError(f"config key 'data.rows': {rows} rows cannot be shared by {shares} devices of data and fsdp")
+
+
 def make_batches(config: ConfigDict, model: Any, layouts: Layouts) -> grain.IterDataset:
     """The Grain dataset of packed batches of this process."""
     data = config.data
+    for name in ("tokens", "open_rows", "prefetch"):
+        if data[name] < 1:
+            raise InputError(f"config key 'data.{name}' must be at least 1, not {data[name]}")
     height, width = model.image_size
     images = {f"{height}x{width}": (data.images, (height, width, model.pixel_channels))}
     source = make_source(data.source, data.options.to_dict())

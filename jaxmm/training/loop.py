@@ -1,5 +1,6 @@
 """The training loop: steps, checkpoints, samples, the final report. The workdir alone decides whether a run resumes."""
 
+import contextlib
 import dataclasses
 import time
 from pathlib import Path
@@ -22,7 +23,7 @@ from jaxmm.paths import matches
 from jaxmm.sequence import Batch
 from jaxmm.sharding import make_mesh, rows_sharding
 from jaxmm.training.config import model_config
-from jaxmm.training.inputs import check_vocabulary, codec_weights, make_batches, make_tokenizer
+from jaxmm.training.inputs import check_rows, check_vocabulary, codec_weights, make_batches, make_tokenizer
 from jaxmm.training.metrics import MetricWriter, Progress
 from jaxmm.training.optimizer import make_optimizer, make_schedule
 from jaxmm.training.state import State, StateMaker, weights_of
@@ -44,6 +45,7 @@ class Trainer:
         self.config, self.workdir = config, workdir
         self.system, self.model = get_system(config.system), model_config(config)
         self.policy, self.mesh = Policy.named(config.policy), make_mesh(**config.mesh)
+        check_rows(config.data.rows, self.mesh)
         self.blueprint = self.system.blueprint(self.model)
         self.tokenizer = make_tokenizer(config)
         check_vocabulary(self.tokenizer, self.model)
@@ -62,13 +64,14 @@ class Trainer:
         begin = time.perf_counter()
         self._describe_run()
         config = self.config
-        checkpoints = Checkpoints(self.workdir, keep_last=config.keep_last, keep_every=config.keep_every or None)
-        with jax.set_mesh(self.mesh):
+        with contextlib.ExitStack() as stack:
+            checkpoints = Checkpoints(self.workdir, keep_last=config.keep_last, keep_every=config.keep_every or None)
+            stack.callback(checkpoints.close)
+            stack.enter_context(jax.set_mesh(self.mesh))
             iterator = iter(self.batches)
+            stack.callback(iterator.close)
             state = self._start(checkpoints, iterator)
             state = self._steps(state, iterator, checkpoints)
-            iterator.close()
-            checkpoints.close()
         return self._report(state, time.perf_counter() - begin)
 
     def _describe_run(self) -> None:
@@ -97,32 +100,38 @@ class Trainer:
 
     def _steps(self, state: State, iterator: Any, checkpoints: Checkpoints) -> State:
         c, start = self.config, int(state["step"])
+        if start >= c.steps:
+            return state
         key = jax.random.fold_in(jax.random.key(c.seed), 1)
+        batch = next(iterator)  # what is wrong with the data shows before the progress line does
         writer, progress = MetricWriter(self.workdir, start), Progress(c.steps, start)
-        clock, since = time.perf_counter(), start
-        for step in range(start + 1, c.steps + 1):
-            state, metrics = self.step(state, self._place(next(iterator)), key)
-            progress.advance()
-            if _due(c.log_every, step, c.steps):
-                values = {name: float(x) for name, x in metrics.items()}
-                seconds = (time.perf_counter() - clock) / (step - since)
-                values |= {
-                    "learning_rate": float(self.schedule(step - 1)),
-                    "tokens_per_second": values.pop("tokens") / seconds,
-                    "seconds_per_step": seconds,
-                }
-                writer.write(step, values)
-                progress.show(values)
-            if _due(c.sample_every, step, c.steps) and c.samples.prompts:
-                path = self._samples(state, step, writer)
-                progress.say(f"step {step}: {path}")
-            if _due(c.checkpoint_every, step, c.steps):
-                self.maker.save(checkpoints, state, iterator)
-            if _due(c.log_every, step, c.steps):
-                clock, since = time.perf_counter(), step
-        progress.close()
-        writer.close()
+        with contextlib.closing(writer), contextlib.closing(progress):
+            clock, since = time.perf_counter(), start
+            for step in range(start + 1, c.steps + 1):
+                state, metrics = self.step(state, self._place(batch), key)
+                progress.advance()
+                if _due(c.log_every, step, c.steps):
+                    values = self._values(metrics, step, (time.perf_counter() - clock) / (step - since))
+                    writer.write(step, values)
+                    progress.show(values)
+                if _due(c.sample_every, step, c.steps) and c.samples.prompts:
+                    progress.say(f"step {step}: {self._samples(state, step, writer)}")
+                if _due(c.checkpoint_every, step, c.steps):
+                    self.maker.save(checkpoints, state, iterator)
+                if _due(c.log_every, step, c.steps):
+                    clock, since = time.perf_counter(), step
+                if step < c.steps:
+                    batch = next(iterator)
         return state
+
+    def _values(self, metrics: dict[str, jax.Array], step: int, seconds: float) -> dict[str, float]:
+        """The numbers of a step on the host; waits for it."""
+        values = {name: float(x) for name, x in metrics.items()}
+        return values | {
+            "learning_rate": float(self.schedule(step - 1)),
+            "tokens_per_second": values["tokens"] / seconds,
+            "seconds_per_step": seconds,
+        }
 
     def _place(self, batch: Batch) -> Batch:
         """This process's rows of the global batch, on its devices."""
@@ -130,7 +139,9 @@ class Trainer:
         return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
 
     def _samples(self, state: State, step: int, writer: MetricWriter) -> Path:
-        pixels = grid(self.pipeline(state).generate(list(self.config.samples.prompts), seed=self.config.seed))
+        samples = self.config.samples
+        drawn = self.pipeline(state).generate(list(samples.prompts), seed=self.config.seed)
+        pixels = grid(drawn, columns=samples.columns or None)
         path = self.workdir / "samples" / f"{step:08d}.png"
         path.parent.mkdir(exist_ok=True)
         write_image(path, pixels)

@@ -53,7 +53,7 @@ def make_step(
         trainable = optax.apply_updates(state["trainable"], updates)
         metrics = {"loss": total} | {f"loss/{name}": mean for name, mean in means.items()}
         metrics |= {"gradient_norm": optax.global_norm(gradient), "update_norm": optax.global_norm(updates)}
-        metrics["tokens"] = sum(jnp.sum(tokens.places >= 0) for tokens in batch.streams.values())
+        metrics |= fill(batch)
         state = {
             "trainable": trainable,
             "frozen": state["frozen"],
@@ -64,6 +64,13 @@ def make_step(
         return state, metrics
 
     return step
+
+
+def fill(batch: Batch) -> Metrics:
+    """The number of tokens, and the share of each budget of the rows that is used."""
+    used = {f"fill/tokens/{name}": jnp.mean(tokens.places >= 0) for name, tokens in batch.streams.items()}
+    used |= {f"fill/images/{name}": jnp.mean(images.slot >= 0) for name, images in batch.images.items()}
+    return used | {"tokens": sum(jnp.sum(tokens.places >= 0) for tokens in batch.streams.values())}
 
 
 def _average(new: Params, old: Params, decay: float, step: jax.Array) -> Params:

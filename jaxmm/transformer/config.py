@@ -45,6 +45,11 @@ class TransformerConfig:
     init_std: float = 0.02
 
     def __post_init__(self):
+        for name in ("width", "layers", "heads", "kv_heads", "head_size", "mlp_width"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.head_size % 2:
+            raise InputError(f"rotary positions need an even head size, not {self.head_size}")
         if self.heads % self.kv_heads:
             raise InputError(f"{self.heads} heads cannot share {self.kv_heads} key heads evenly")
         if self.remat not in REMAT_POLICIES:

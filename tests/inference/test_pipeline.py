@@ -56,6 +56,20 @@ def test_sampled_descriptions_follow_the_seed(pipeline, drawings):
     assert first != pipeline.describe(images, limit=8, temperature=2.0, seed=2)
 
 
+def test_completion_mixes_text_and_images(pipeline):
+    """Sampled hot, an untrained model sooner or later begins an image."""
+    parts = pipeline.complete(["a one"] * 6, images=2, limit=12, temperature=3.0, seed=0)
+    images = [part for row in parts for part in row if not isinstance(part, str)]
+    texts = [part for row in parts for part in row if isinstance(part, str)]
+    assert images and all(image.shape == (8, 8, 1) and image.dtype == np.uint8 for image in images)
+    assert texts and all(word in tiny.WORDS for text in texts for word in text.split())
+    assert all(sum(not isinstance(part, str) for part in row) <= 2 for row in parts)
+    alone = pipeline.complete("a one", images=2, limit=12, temperature=3.0, seed=0)[0]
+    assert [part if isinstance(part, str) else "image" for part in alone] == [
+        part if isinstance(part, str) else "image" for part in parts[0]
+    ]
+
+
 @pytest.mark.parametrize(
     "call, message",
     [

@@ -1,5 +1,7 @@
 """Transfusion beyond the goldens: sizes, labels, batching, decoding."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,8 +11,8 @@ from jaxmm.errors import InputError
 from jaxmm.layers.parameters import Blueprint
 from jaxmm.models.transfusion import PRESETS, SYSTEM, decode
 from jaxmm.models.transfusion.layout import Picture, arrange
-from jaxmm.models.transfusion.objective import SolverOptions
-from jaxmm.sequence import OPEN
+from jaxmm.models.transfusion.objective import SolverOptions, make_objective
+from jaxmm.sequence import OPEN, Document, Text
 from jaxmm.transformer import TokenSampler
 from tests import tiny
 
@@ -82,8 +84,8 @@ def test_mixed_modal_loop_draws_where_the_text_asks_for_it(decoder, layouts):
     decoder, params = decoder
     c = tiny.CONFIG
     only_boi = TokenSampler(suppress=tuple(i for i in range(c.vocab_size) if i != c.boi_id))
-    parts = decoder.generate(
-        params, [layouts.continue_text("a one")], keys(0), only_boi, SolverOptions(steps=2, clip=1.0), limit=3, images=1
+    parts = decoder.complete(
+        params, [layouts.prompt("a one")], keys(0), only_boi, SolverOptions(steps=2, clip=1.0), limit=3, images=1
     )[0]
     kinds = [part.shape if isinstance(part, np.ndarray) else part for part in parts]
     assert kinds == [c.boi_id, (8, 8, 1), c.eoi_id, 0, 0, 0]
@@ -95,8 +97,8 @@ def test_what_follows_a_drawn_image_sees_it_clean(decoder, layouts):
     c = tiny.CONFIG
     only_boi = TokenSampler(suppress=tuple(i for i in range(c.vocab_size) if i != c.boi_id))
     options = SolverOptions(steps=2, clip=1.0, guidance=1.0)
-    prompt = layouts.continue_text("a one")
-    image = decoder.generate(params, [prompt], keys(0), only_boi, options, limit=1)[0][1]
+    prompt = layouts.prompt("a one")
+    image = decoder.complete(params, [prompt], keys(0), only_boi, options, limit=1)[0][1]
     ids = [c.bos_id, *tiny.TOKENIZER.encode("a one"), c.boi_id, Picture(image, 0.0, 0.0), c.eoi_id]
     given = decoder.describe(params, [arrange(c, ids, end=OPEN)], keys(0), TokenSampler(), 5)[0]
     model = SYSTEM.blueprint(c).bind(params)
@@ -115,6 +117,62 @@ def test_labels_follow_the_specification():
     labels = np.where(stream.weights > 0, stream.labels, -100).tolist()
     assert labels == [5, c.boi_id, -100] + [-100] * 16 + [6, c.eos_id, -100]
     assert layout.images[0].slot == 3 and layout.length == 22
+
+
+def test_other_documents_keep_their_order(layouts):
+    first, second = (document.segments[1] for document in tiny.documents(2))
+    document = Document((Text("a one"), first, Text("a two"), second), 3)
+    layout = layouts.train(document, np.random.default_rng(0))
+    c, one, two = tiny.CONFIG, tiny.TOKENIZER.encode("a one"), tiny.TOKENIZER.encode("a two")
+    patches = [c.pad_id] * 16
+    expected = [c.bos_id, *one, c.boi_id, *patches, c.eoi_id, *two, c.boi_id, *patches, c.eoi_id, c.eos_id]
+    assert layout.streams["tokens"].ids.tolist() == expected
+    assert [(image.slot, image.order, image.noise_limit) for image in layout.images] == [(4, 0, 1.0), (24, 1, 1.0)]
+    text_only = layouts.train(Document((Text("a one"),)), np.random.default_rng(0))
+    assert text_only.streams["tokens"].ids.tolist() == [c.bos_id, *one, c.eos_id] and not text_only.images
+
+
+@pytest.mark.parametrize("patch_size", [1, 2, 4, 8])
+def test_patch_codec_at_each_size(patch_size):
+    """With identity matrices, and no weight on the time, decoding inverts encoding; there are (8 / k)^2 patches."""
+    c = tiny.config(patch_size=patch_size, width=64)
+    blueprint = SYSTEM.blueprint(c)
+    params = jax.jit(blueprint.init)(jax.random.key(0))
+    values = patch_size**2
+    params["patch_encoder.time_proj.kernel"] = jnp.zeros((64, values))
+    params["patch_encoder.proj.kernel"] = jnp.eye(values, 64)
+    params["patch_decoder.proj.kernel"] = jnp.eye(64, values)
+    model = blueprint.bind(params)
+    latents = jax.random.normal(jax.random.key(1), (2, 3, 8, 8, 1))
+    hidden = model.patch_encoder(latents, jnp.ones((2, 3, 64)), jnp.float32)
+    assert hidden.shape == (2, 3, (8 // patch_size) ** 2, 64) and c.patches(8, 8) == hidden.shape[2]
+    np.testing.assert_allclose(model.patch_decoder(hidden, 8, 8), latents, atol=1e-6)
+    np.testing.assert_allclose(hidden[0, 0, 0, :patch_size], latents[0, 0, 0, :patch_size, 0], atol=1e-6)
+
+
+def test_clean_images_are_not_noised():
+    """A noise limit of zero gives the network the image itself, at the clean time of either objective."""
+    for objective in ("ddpm", "flow"):
+        blueprint = SYSTEM.blueprint(tiny.config(objective=objective))
+        params = jax.jit(blueprint.init)(jax.random.key(0))
+        batch = tiny.batch(rows=2)
+        images = dataclasses.replace(
+            batch.images["8x8"], noise_limit=np.where(np.arange(3) == 0, 0.0, 1.0).astype(np.float32) * np.ones((2, 1))
+        )
+        batch = dataclasses.replace(batch, images={"8x8": images})
+        _, notes = blueprint.bind(params).loss(batch, jax.random.key(0))
+        noised = np.asarray(notes["noised/8x8"])
+        np.testing.assert_array_equal(noised[:, 0], images.values[:, 0])
+        assert np.abs(noised[1, 1] - images.values[1, 1]).max() > 1e-3
+
+
+def test_the_noise_limit_halves_the_times():
+    """Noise limit 0.5: indices stay below 500, sigma of the flow below 0.5."""
+    ids, limit = np.arange(4000), np.full(4000, 0.5, np.float32)
+    t = make_objective(tiny.CONFIG).draw_time(jax.random.key(0), ids, limit)
+    assert t.min() == 0 and t.max() == 499 and float(jnp.mean(t)) == pytest.approx(249.5, abs=4 * 144 / 4000**0.5)
+    t = make_objective(tiny.config(objective="flow")).draw_time(jax.random.key(0), ids, limit)
+    assert 0.5 < t.min() < 0.51 and t.max() <= 1.0
 
 
 def test_recipe_orders_and_drops(layouts):
@@ -145,6 +203,9 @@ def test_a_prompt_longer_than_the_context_is_refused(layouts):
 
 
 def test_wrong_sizes_are_refused():
+    for changes in ({"layers": 0}, {"width": -1}, {"heads": 3, "head_size": 5}, {"kv_heads": 3}, {"vocab_size": 10}):
+        with pytest.raises(InputError):
+            tiny.config(**changes)
     with pytest.raises(InputError, match="cannot be cut into patches"):
         tiny.config(image_size=(9, 8))
     with pytest.raises(InputError, match="objective must be one of"):

@@ -22,7 +22,7 @@ ROOT = Path(os.environ.get("JAXMM_GOLDENS") or DEFAULT_ROOT).resolve()
 # folder pattern -> {case prefix: comparator}
 REGISTRY = {
     "*/ref_linear*": transfusion.CASES,
-    "*/transfusion/vae_kl*": vae_kl.CASES,
+    "*/vae_kl*": vae_kl.CASES,
 }
 
 

@@ -23,7 +23,6 @@ CLOSE = 1e-5
 
 def config_of(golden, **changes) -> TransfusionConfig:
     c = golden.config
-    latent = next(golden.cases[name] for name in golden.cases.names("train/latents/"))
     fields = dict(
         width=c["hidden_size"],
         layers=c["num_hidden_layers"],
@@ -34,7 +33,7 @@ def config_of(golden, **changes) -> TransfusionConfig:
         vocab_size=c["vocab_size"],
         **{f"{name}_id": c[f"{name}_token_id"] for name in ("bos", "eos", "boi", "eoi", "pad")},
         tie_embeddings=c["tie_word_embeddings"],
-        image_size=latent.shape[1:],
+        image_size=golden.cases["ddpm/x_T"].shape[1:],
         latent_channels=c["latent_channels"],
         patch_size=c["patch_size"],
         time_features=c["time_freq_dim"],
@@ -82,10 +81,13 @@ def parts_of(ids, image_ids, pictures):
 
 
 class Inputs:
-    """The batch of a training case, built by our layouts and our packer, beside its golden tensors."""
+    """The batch of a training case, built by our layouts and our packer, beside its golden tensors.
+
+    `slots` says where each golden image is in the batch: (bucket, row, number within its bucket).
+    """
 
     def __init__(self, golden, case: str, config: TransfusionConfig):
-        cases = self.cases = golden.cases
+        cases = golden.cases
         self.ids, self.image_ids = cases[f"{case}/input_ids"], cases[f"{case}/image_ids"]
         shape = self.ids.shape
         docs = cases[f"{case}/doc_ids"] if f"{case}/doc_ids" in cases else np.ones(shape, int)
@@ -94,24 +96,26 @@ class Inputs:
         self.noise = [hwc(x) for x in cases.series(f"{case}/noise")]
         self.rows = [(b, n) for b, row in enumerate(self.image_ids) for n in sorted(set(row) - {0})]
         pictures = iter([Picture(x) for x in self.latents])
-        rows = []
+        layouts = []
         for b in range(shape[0]):
             runs = [self.valid[b] & (docs[b] == d) for d in sorted(set(docs[b][self.valid[b]]))]
-            rows.append([arrange(config, parts_of(self.ids[b][r], self.image_ids[b][r], pictures)) for r in runs])
-        most = max(sum(len(layout.images) for layout in row) for row in rows)
-        self.bucket = bucket_name(self.latents[0].shape)
-        budget = Budget({"tokens": shape[1]}, {self.bucket: (most, self.latents[0].shape)})
-        self.batch = build_batch(rows, budget)
+            layouts.append([arrange(config, parts_of(self.ids[b][r], self.image_ids[b][r], pictures)) for r in runs])
+        self.slots, counts, shapes = [], {}, {}
+        for (b, _), latent in zip(self.rows, self.latents):
+            bucket = bucket_name(latent.shape)
+            self.slots.append((bucket, b, counts.get((bucket, b), 0)))
+            counts[bucket, b], shapes[bucket] = self.slots[-1][2] + 1, latent.shape
+        most = {bucket: max(n for (name, _), n in counts.items() if name == bucket) for bucket in shapes}
+        budget = Budget({"tokens": shape[1]}, {bucket: (most[bucket], shapes[bucket]) for bucket in shapes})
+        self.batch = build_batch(layouts, budget)
         self.tokens = self.batch.streams["tokens"]
-        slots = self.batch.images[self.bucket].slot
-        self.where = [tuple(index) for index in np.argwhere(slots >= 0)]
 
-    def per_image(self, values):
-        """List of one array per image -> [B, N, ...]."""
-        slots = self.batch.images[self.bucket].slot
-        out = np.zeros((*slots.shape, *np.shape(values[0])), np.float32)
-        for index, value in zip(self.where, values):
-            out[index] = value
+    def by_bucket(self, values):
+        """One array per image -> {bucket: [B, N, ...]}."""
+        out = {}
+        for (bucket, b, n), value in zip(self.slots, values):
+            slots = self.batch.images[bucket].slot
+            out.setdefault(bucket, np.zeros((*slots.shape, *np.shape(value)), np.float32))[b, n] = value
         return out
 
     def mask(self):
@@ -120,7 +124,7 @@ class Inputs:
         return np.where(self.valid[:, :, None], seen, np.eye(self.ids.shape[1], dtype=bool)).astype(np.uint8)
 
     def losses(self, blueprint, params, times, weights):
-        arguments = [{self.bucket: self.per_image(x)} for x in (self.latents, self.noise, times)]
+        arguments = [self.by_bucket(x) for x in (self.latents, self.noise, times)]
 
         @jax.jit
         def run(params):
@@ -130,8 +134,9 @@ class Inputs:
         (total, (terms, notes)), gradient = jax.value_and_grad(run, has_aux=True)(params)
         return total, terms, notes, gradient
 
-    def of_image(self, note, i):
-        return np.asarray(note)[self.where[i]]
+    def per_image(self, notes, name):
+        """One of the notes {name/bucket: [B, N, ...]} as a list, one array per image."""
+        return [np.asarray(notes[f"{name}/{bucket}"])[b, n] for bucket, b, n in self.slots]
 
 
 def compare_losses(golden, case, inputs, total, terms, notes, image_loss="ddpm_loss", **named):
@@ -140,11 +145,10 @@ def compare_losses(golden, case, inputs, total, terms, notes, image_loss="ddpm_l
     golden.check(f"{case}/lm_loss", terms["text"].value(), tolerance=CLOSE)
     golden.check(f"{case}/{image_loss}", terms["image"].value(), tolerance=CLOSE)
     if f"{case}/{image_loss}_per_image" in golden.cases:
-        each = [inputs.of_image(notes[f"image_loss/{inputs.bucket}"], i) for i in range(len(inputs.rows))]
-        golden.check(f"{case}/{image_loss}_per_image", np.stack(each), tolerance=CLOSE)
+        each = np.stack(inputs.per_image(notes, "image_loss"))
+        golden.check(f"{case}/{image_loss}_per_image", each, tolerance=CLOSE)
     for series, note in named.items():
-        for i in range(len(inputs.rows)):
-            ours = inputs.of_image(notes[f"{note}/{inputs.bucket}"], i)
+        for i, ours in enumerate(inputs.per_image(notes, note)):
             golden.check(f"{case}/{series}/{i}", chw(ours) if ours.ndim == 3 else ours, tolerance=CLOSE)
     for name in ("logits", "final_hidden", "inputs_embeds"):
         if f"{case}/{name}" in golden.cases:
@@ -163,13 +167,11 @@ def compare_layout(golden, case, inputs):
     golden.check(f"{case}/position_ids", positions)
     golden.check(f"{case}/labels", np.where(tokens.weights > 0, tokens.labels, -100))
     golden.check(f"{case}/mask", inputs.mask())
-    slots = inputs.batch.images[inputs.bucket].slot
     numbers = np.zeros_like(inputs.image_ids)
-    count = golden.config["patch_size"] ** 2
-    count = inputs.latents[0].shape[0] * inputs.latents[0].shape[1] // count
-    for b, row in enumerate(slots):
-        for n, slot in enumerate(row[row >= 0]):
-            numbers[b, slot : slot + count] = n + 1
+    for (b, number), (bucket, _, n), latent in zip(inputs.rows, inputs.slots, inputs.latents):
+        slot = inputs.batch.images[bucket].slot[b, n]
+        count = latent.shape[0] * latent.shape[1] // golden.config["patch_size"] ** 2
+        numbers[b, slot : slot + count] = number
     golden.check(f"{case}/image_ids", numbers)
 
 
@@ -190,8 +192,7 @@ def train(golden):
         blueprint, params, golden.cases["train/timesteps"], weights_of(golden)
     )
     for name in ("time_sinusoid", "time_embed"):
-        each = [inputs.of_image(notes[f"{name}/{inputs.bucket}"], i) for i in range(len(inputs.rows))]
-        golden.check(f"train/{name}", np.stack(each), tolerance=CLOSE)
+        golden.check(f"train/{name}", np.stack(inputs.per_image(notes, name)), tolerance=CLOSE)
     named = dict(patch_embeds="patch_embeds", x_t="noised", eps_pred="prediction")
     compare_losses(golden, "train", inputs, total, terms, notes, **named)
     gradient = table.write(gradient)

@@ -72,7 +72,10 @@ class TransfusionConfig:
             raise InputError(f"codec has {self.codec.latent_channels} latent channels, not {self.latent_channels}")
         if self.time_injection == "post_linear" and self.time_width not in (None, self.width):
             raise InputError(f"post_linear adds the time to the hidden state: time_width must be {self.width}")
+        if self.vocab_size <= max(self.bos_id, self.eos_id, self.boi_id, self.eoi_id, self.pad_id):
+            raise InputError(f"the special ids do not fit into a vocabulary of {self.vocab_size}")
         self.patches(*self.image_size)
+        _ = self.transformer  # raises what is wrong with the sizes
 
     @classmethod
     def from_dict(cls, fields: dict) -> "TransfusionConfig":

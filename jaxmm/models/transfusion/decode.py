@@ -4,6 +4,7 @@ Rows are continued together. A row that has nothing to do in a step writes fille
 gets what it would get alone.
 """
 
+import collections
 import dataclasses
 import functools
 from typing import NamedTuple
@@ -255,7 +256,7 @@ class TransfusionDecoder:
         _, ids = self._write(params, rows, keys, jnp.ones(len(prompts), bool), limit, sampler, (c.eos_id,))
         return [[int(i) for i in row if i not in (-1, c.eos_id)] for row in np.asarray(ids)]
 
-    def generate(
+    def complete(
         self,
         params: Params,
         prompts: list[Layout],
@@ -264,24 +265,30 @@ class TransfusionDecoder:
         options: SolverOptions,
         limit: int,
         images: int = 1,
+        place=lambda batch: batch,
     ) -> list[list]:
-        """Free continuation: each row's list of ids and of images (float32 [H, W, C]) until EOS.
+        """The mixed-modal loop: what each prompt goes on with, until EOS.
 
         Args:
-          params, prompts, keys, sampler, options: as above.
+          params, prompts, keys, sampler, options, place: as above.
           limit: tokens of text between two images.
           images: the most that a row may draw.
+
+        Returns:
+          for each row a list of ids (BOI, EOI and EOS among them) and of images, float32 [H, W, C].
         """
         c = self.config
+        check_solver(make_objective(c), options)
         slots = _padded(max(p.length for p in prompts)) + (images + 1) * limit + images * (self._patches + 1)
-        rows = self._read(params, prompt_batch(c, prompts), slots)
+        rows = self._read(params, place(prompt_batch(c, prompts)), slots)
         empty = [arrange(c, [c.bos_id, c.boi_id], end=OPEN)] * len(prompts)
-        guide = self._read(params, prompt_batch(c, empty), slots) if options.guidance != 1 else None
+        guide = self._read(params, place(prompt_batch(c, empty)), slots) if options.guidance != 1 else None
         sampler = dataclasses.replace(sampler, suppress=(*sampler.suppress, c.eoi_id))
         parts, active = [[] for _ in prompts], np.ones(len(prompts), bool)
         for turn in range(images + 1):
-            closed = dataclasses.replace(sampler, suppress=(*sampler.suppress, c.boi_id)) if turn == images else sampler
-            rows, ids = self._write(params, rows, keys, jnp.asarray(active), limit, closed, (c.eos_id, c.boi_id))
+            closed = (c.boi_id,) if turn == images else ()
+            chosen = dataclasses.replace(sampler, suppress=(*sampler.suppress, *closed))
+            rows, ids = self._write(params, rows, keys, jnp.asarray(active), limit, chosen, (c.eos_id, c.boi_id))
             for row, written in zip(parts, np.asarray(ids)):
                 row += [int(i) for i in written if i >= 0]
             active = np.array([bool(on and row and row[-1] == c.boi_id) for on, row in zip(active, parts)])
@@ -313,16 +320,9 @@ class TransfusionDecoder:
 
 def prompt_batch(c: TransfusionConfig, prompts: list[Layout]) -> Batch:
     """One prompt per row."""
-    shapes, most = {}, {}
-    for prompt in prompts:
-        counts = {}
-        for image in prompt.images:
-            counts[image.bucket] = counts.get(image.bucket, 0) + 1
-            shapes[image.bucket], most[image.bucket] = (
-                image.values.shape,
-                max(most.get(image.bucket, 0), counts[image.bucket]),
-            )
-    images = {bucket: (most[bucket], shape) for bucket, shape in shapes.items()}
+    counts = [collections.Counter(image.bucket for image in prompt.images) for prompt in prompts]
+    shapes = {image.bucket: image.values.shape for prompt in prompts for image in prompt.images}
+    images = {bucket: (max(count[bucket] for count in counts), shape) for bucket, shape in shapes.items()}
     length = _padded(max(prompt.length for prompt in prompts))
     return build_batch([[prompt] for prompt in prompts], Budget({STREAM: length}, images))
 

@@ -79,7 +79,7 @@ class TransfusionLayouts:
         parts = [c.bos_id, *self._picture(Image(pixels, role="context"), 0.0)]
         return self._fitting(arrange(c, parts, end=OPEN, name="image"), 1)
 
-    def continue_text(self, prompt: str) -> Layout:
+    def prompt(self, prompt: str) -> Layout:
         """`BOS prompt`: what follows may be text, images, and text again."""
         c = self.config
         return self._fitting(arrange(c, [c.bos_id, *self.tokenizer.encode(prompt)], end=OPEN, name=f"{prompt!r}"), 1)

@@ -138,5 +138,7 @@ def check_solver(objective: DDPM | Flow, options: SolverOptions) -> None:
     """Raise InputError if the options are none of this objective's."""
     if options.solver is not None and options.solver not in objective.solvers:
         raise InputError(f"solver {options.solver!r} is none of this checkpoint's: {', '.join(objective.solvers)}")
+    if isinstance(objective, Flow) and options.clip is not None:
+        raise InputError("clip bounds the clean latents of DDPM; this checkpoint predicts velocities")
     if options.steps < 1 or (isinstance(objective, DDPM) and options.steps > objective.schedule.steps):
         raise InputError(f"{options.steps} steps: there must be at least 1, and no more than the schedule has")
