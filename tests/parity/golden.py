@@ -47,13 +47,14 @@ class Golden:
         """The names of the cases."""
         return sorted({name.split("/")[0] for name in self.cases.names()})
 
-    def check(self, name: str, ours, *, tolerance: float = TOLERANCE, where=None) -> None:
+    def check(self, name: str, ours, *, tolerance: float = TOLERANCE, suggested: float | None = None, where=None) -> None:
         """Compare with a stored tensor: integers exactly, floats by max|a-b| / max(max|b|, 1e-6).
 
         Args:
           name: of the tensor.
           ours: our value.
           tolerance: bound of that error.
+          suggested: besides, a bound of max|a-b| / max(max|b|, 1), where a golden's README gives one.
           where: boolean over the leading axes: compare only there.
         """
         expected, ours = self.cases[name], np.asarray(ours)
@@ -65,12 +66,15 @@ class Golden:
             return
         error = relative_error(ours, expected)
         assert error <= tolerance, f"{name}: error {error:.2e}, at most {tolerance:.0e}"
+        if suggested is not None:
+            error = relative_error(ours, expected, floor=1.0)
+            assert error <= suggested, f"{name}: error {error:.2e} by its README, at most {suggested:.0e}"
 
 
-def relative_error(ours: np.ndarray, expected: np.ndarray) -> float:
-    """max|a-b| / max(max|b|, 1e-6); infinite where ours is not finite."""
+def relative_error(ours: np.ndarray, expected: np.ndarray, floor: float = 1e-6) -> float:
+    """max|a-b| / max(max|b|, floor); infinite where ours is not finite."""
     if not expected.size:
         return 0.0
     ours = np.asarray(ours, expected.dtype)
-    error = np.max(np.abs(ours - expected)) / max(np.max(np.abs(expected)), 1e-6)
+    error = np.max(np.abs(ours - expected)) / max(np.max(np.abs(expected)), floor)
     return float(error) if np.isfinite(error) else np.inf

@@ -1,6 +1,7 @@
 """Transfusion's reference model, linear codec: every case of a `ref_linear` folder.
 
-Tolerances are those of the golden's README: 1e-5, and 5e-5 where the sampler starts at a high t.
+The bounds of the golden's README (1e-5, and 5e-5 where the sampler starts at a high t, relative to at least 1) hold
+beside the general one.
 """
 
 import functools
@@ -91,7 +92,7 @@ class Inputs:
         self.ids, self.image_ids = cases[f"{case}/input_ids"], cases[f"{case}/image_ids"]
         shape = self.ids.shape
         docs = cases[f"{case}/doc_ids"] if f"{case}/doc_ids" in cases else np.ones(shape, int)
-        self.valid = cases[f"{case}/valid"].astype(bool) if f"{case}/valid" in cases else np.ones(shape, bool)
+        self.valid = cases[f"{case}/valid"].astype(bool) if f"{case}/valid" in cases else docs > 0
         self.latents = [hwc(x) for x in cases.series(f"{case}/latents")]
         self.noise = [hwc(x) for x in cases.series(f"{case}/noise")]
         self.rows = [(b, n) for b, row in enumerate(self.image_ids) for n in sorted(set(row) - {0})]
@@ -141,20 +142,20 @@ class Inputs:
 
 def compare_losses(golden, case, inputs, total, terms, notes, image_loss="ddpm_loss", **named):
     """The parts that all training cases share; `named` maps a golden series to one of our notes."""
-    golden.check(f"{case}/total_loss", total, tolerance=CLOSE)
-    golden.check(f"{case}/lm_loss", terms["text"].value(), tolerance=CLOSE)
-    golden.check(f"{case}/{image_loss}", terms["image"].value(), tolerance=CLOSE)
+    golden.check(f"{case}/total_loss", total, suggested=CLOSE)
+    golden.check(f"{case}/lm_loss", terms["text"].value(), suggested=CLOSE)
+    golden.check(f"{case}/{image_loss}", terms["image"].value(), suggested=CLOSE)
     if f"{case}/{image_loss}_per_image" in golden.cases:
         each = np.stack(inputs.per_image(notes, "image_loss"))
-        golden.check(f"{case}/{image_loss}_per_image", each, tolerance=CLOSE)
+        golden.check(f"{case}/{image_loss}_per_image", each, suggested=CLOSE)
     for series, note in named.items():
         for i, ours in enumerate(inputs.per_image(notes, note)):
-            golden.check(f"{case}/{series}/{i}", chw(ours) if ours.ndim == 3 else ours, tolerance=CLOSE)
+            golden.check(f"{case}/{series}/{i}", chw(ours) if ours.ndim == 3 else ours, suggested=CLOSE)
     for name in ("logits", "final_hidden", "inputs_embeds"):
         if f"{case}/{name}" in golden.cases:
-            golden.check(f"{case}/{name}", notes[name], tolerance=CLOSE, where=inputs.valid)
+            golden.check(f"{case}/{name}", notes[name], suggested=CLOSE, where=inputs.valid)
     for i, _ in enumerate(golden.cases.names(f"{case}/hidden/")):
-        golden.check(f"{case}/hidden/{i}", notes["hidden"][i], tolerance=CLOSE, where=inputs.valid)
+        golden.check(f"{case}/hidden/{i}", notes["hidden"][i], suggested=CLOSE, where=inputs.valid)
 
 
 def compare_layout(golden, case, inputs):
@@ -186,20 +187,20 @@ def train(golden):
     golden.check("train/image_rows", np.array(inputs.rows))
     golden.check("train/valid", (inputs.tokens.places >= 0).astype(np.uint8))
     tables = rotary_tables(golden.cases["train/position_ids"][:1], config.transformer.head_size, config.rope_theta)
-    golden.check("train/rope_cos", tables[0][0], tolerance=CLOSE)
-    golden.check("train/rope_sin", tables[1][0], tolerance=CLOSE)
+    golden.check("train/rope_cos", tables[0][0], suggested=CLOSE)
+    golden.check("train/rope_sin", tables[1][0], suggested=CLOSE)
     total, terms, notes, gradient = inputs.losses(
         blueprint, params, golden.cases["train/timesteps"], weights_of(golden)
     )
     for name in ("time_sinusoid", "time_embed"):
-        golden.check(f"train/{name}", np.stack(inputs.per_image(notes, name)), tolerance=CLOSE)
+        golden.check(f"train/{name}", np.stack(inputs.per_image(notes, name)), suggested=CLOSE)
     named = dict(patch_embeds="patch_embeds", x_t="noised", eps_pred="prediction")
     compare_losses(golden, "train", inputs, total, terms, notes, **named)
     gradient = table.write(gradient)
     for name in golden.cases.names("train/grad/"):
-        golden.check(name, gradient[name.removeprefix("train/grad/")], tolerance=CLOSE)
+        golden.check(name, gradient[name.removeprefix("train/grad/")], suggested=CLOSE)
     for key, value in gradient.items():
-        golden.check(f"train/grad_norm/{key}", np.linalg.norm(value), tolerance=CLOSE)
+        golden.check(f"train/grad_norm/{key}", np.linalg.norm(value), suggested=CLOSE)
 
 
 def variant(golden, case, **changes):
@@ -229,8 +230,8 @@ def packed(golden):
     compare_layout(golden, "packed", inputs)
     total, terms, notes, _ = inputs.losses(blueprint, params, golden.cases["packed/timesteps"], weights_of(golden))
     compare_losses(golden, "packed", inputs, total, terms, notes, eps_pred="prediction")
-    places, starts = inputs.tokens.places[0], inputs.tokens.positions[0] == 0
-    golden.check("packed/doc_ids", np.where(places >= 0, np.cumsum(starts), 0)[None])
+    valid, starts = inputs.tokens.places >= 0, inputs.tokens.positions == 0
+    golden.check("packed/doc_ids", np.where(valid, np.cumsum(starts & valid, axis=1), 0))
 
 
 def flow(golden):
@@ -298,12 +299,12 @@ def sample(golden, case, *, image=None, objective="ddpm", **options):
         return first, states
 
     (cond, uncond), states = run(params)
-    tolerance = 5e-5 if options.clip is not None else CLOSE
+    bound = 5e-5 if options.clip is not None else CLOSE
     guided = uncond + scale * (cond - uncond)
     for name, ours in (("first_eps_cond", cond), ("first_eps_uncond", uncond), ("first_eps", guided)):
         if f"{case}/{name}" in cases:
-            golden.check(f"{case}/{name}", chw(ours[0, 0]), tolerance=CLOSE)
-    golden.check(f"{case}/trajectory", chw(states[:, 0, 0]), tolerance=tolerance)
+            golden.check(f"{case}/{name}", chw(ours[0, 0]), suggested=CLOSE)
+    golden.check(f"{case}/trajectory", chw(states[:, 0, 0]), suggested=bound)
 
 
 def ddpm(golden):
@@ -349,8 +350,8 @@ def greedy(golden, case, image=None):
     logits = np.stack(logits)
     top = np.sort(logits, axis=-1)
     golden.check(f"{case}/new_ids", np.array(written))
-    golden.check(f"{case}/logits", logits, tolerance=CLOSE)
-    golden.check(f"{case}/margin", top[:, -1] - top[:, -2], tolerance=CLOSE)
+    golden.check(f"{case}/logits", logits, suggested=CLOSE)
+    golden.check(f"{case}/margin", top[:, -1] - top[:, -2], suggested=CLOSE)
 
 
 def text(golden):
