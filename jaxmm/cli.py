@@ -9,11 +9,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from jaxmm.errors import InputError
+from jaxmm.errors import InputError, RunError, Stopped
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb and return the exit code: 0, or 2 where the user has something to mend."""
+    """Run one verb and return the exit code.
+
+    0: done. 2: the user has something to mend. 3: the run cannot go on. 75: it was asked to stop and can be resumed.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     overrides = [a.removeprefix("--config.") for a in arguments if a.startswith("--config.")]
     parser = make_parser()
@@ -25,9 +28,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of files that our checkpoints do without
     try:
         options.run(options)
-    except InputError as error:
+    except (InputError, RunError, Stopped) as error:
         print(f"jaxmm {options.verb}: {error}", file=sys.stderr)
-        return 2
+        return error.exit_code
     except KeyboardInterrupt:
         return 130
     return 0

@@ -11,6 +11,23 @@ class InputError(ValueError):
     prints it alone, without a traceback, and exits with code 2.
     """
 
+    exit_code = 2
+
+
+class RunError(RuntimeError):
+    """A run that was rightly asked for cannot go on: its numbers are none, or its disk is full.
+
+    The command line prints the message alone and exits with code 3.
+    """
+
+    exit_code = 3
+
+
+class Stopped(Exception):
+    """A run was asked to stop, has saved its step and ends; the same command resumes it."""
+
+    exit_code = 75
+
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return ", did you mean ...?" with the known word nearest to `word`, or the list of known words."""

@@ -32,6 +32,9 @@ def base_config(system: str, model: Any) -> ConfigDict:
         mesh: sizes of the mesh axes; one may be -1.
         codec: folder of the frozen autoencoder's weights, in diffusers' layout.
         ema: decay of the averaged weights; 0 keeps none.
+        microbatches: turns in which the rows of a batch are read, to save memory.
+        nonfinite: what to do with a step whose numbers are not finite: "stop", or "skip" it, at most
+          `nonfinite_in_a_row` times in a row.
         log_every, checkpoint_every, sample_every: in steps; 0 is never.
         keep_last, keep_every: which checkpoints stay.
         samples: prompts of the pictures drawn on the way, columns of their grid (0: about square), solver options.
@@ -72,6 +75,7 @@ def base_config(system: str, model: Any) -> ConfigDict:
     config.steps, config.seed, config.policy = 1000, 0, "auto"
     config.mesh = ConfigDict(dict(data=1, fsdp=-1, tensor=1, context=1))
     config.codec, config.ema = "", 0.0
+    config.microbatches, config.nonfinite, config.nonfinite_in_a_row = 1, "stop", 10
     config.log_every, config.checkpoint_every, config.sample_every = 20, 1000, 0
     config.keep_last, config.keep_every = 3, 0
     config.samples = ConfigDict(dict(prompts=(), columns=0, solver=model_dict(get_system(system).draw_options())))

@@ -32,11 +32,14 @@ def check_vocabulary(tokenizer: TextTokenizer, model: Any) -> None:
         )
 
 
-def check_rows(rows: int, mesh: Mesh) -> None:
-    """Raise InputError if the rows of a batch cannot be shared by the devices."""
+def check_rows(rows: int, mesh: Mesh, microbatches: int) -> None:
+    """Raise InputError if the rows of each microbatch cannot be shared by the devices."""
     shares = mesh.shape["data"] * mesh.shape["fsdp"]
-    if rows < 1 or rows % shares:
-        raise InputError(f"config key 'data.rows': {rows} rows cannot be shared by {shares} devices of data and fsdp")
+    if microbatches < 1 or rows < 1 or rows % (shares * microbatches):
+        raise InputError(
+            f"config key 'data.rows': {rows} rows cannot be shared by {shares} devices of data and fsdp"
+            f" in {microbatches} microbatches"
+        )
 
 
 def make_batches(config: ConfigDict, model: Any, layouts: Layouts) -> grain.IterDataset:

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 import jaxmm
 from jaxmm.checkpoints import Checkpoints, read_description, write_description, write_json
 from jaxmm.data.images import grid, write_image
-from jaxmm.errors import InputError
+from jaxmm.errors import InputError, Stopped
 from jaxmm.evaluation import get_benchmark
 from jaxmm.inference import Pipeline
 from jaxmm.layers.parameters import Policy
@@ -25,7 +25,9 @@ from jaxmm.sharding import make_mesh, rows_sharding
 from jaxmm.training.config import model_config
 from jaxmm.training.inputs import check_rows, check_vocabulary, codec_weights, make_batches, make_tokenizer
 from jaxmm.training.metrics import MetricWriter, Progress
+from jaxmm.training.numerics import Guard
 from jaxmm.training.optimizer import make_optimizer, make_schedule
+from jaxmm.training.signals import StopRequests
 from jaxmm.training.state import State, StateMaker, weights_of
 from jaxmm.training.step import make_step
 
@@ -45,7 +47,7 @@ class Trainer:
         self.config, self.workdir = config, workdir
         self.system, self.model = get_system(config.system), model_config(config)
         self.policy, self.mesh = Policy.named(config.policy), make_mesh(**config.mesh)
-        check_rows(config.data.rows, self.mesh)
+        check_rows(config.data.rows, self.mesh, config.microbatches)
         self.blueprint = self.system.blueprint(self.model)
         self.tokenizer = make_tokenizer(config)
         check_vocabulary(self.tokenizer, self.model)
@@ -55,9 +57,12 @@ class Trainer:
         optimizer = make_optimizer(config.optimizer, config.steps, trainable)
         self.maker = StateMaker(self.blueprint, optimizer, config.optimizer.frozen, self.mesh, self.policy, config.ema)
         weights = self.system.term_weights(self.model)
-        step = make_step(self.blueprint, optimizer, weights, self.policy, ema=config.ema)
+        step = make_step(
+            self.blueprint, optimizer, weights, self.policy, ema=config.ema, microbatches=config.microbatches
+        )
         self.step = jax.jit(step, donate_argnums=0)
         self.schedule = make_schedule(config.optimizer, config.steps)
+        self.guard = Guard(config.nonfinite, config.nonfinite_in_a_row)
 
     def run(self) -> dict[str, Any]:
         """Train to the last step, then evaluate; return the report ({} without an evaluation)."""
@@ -105,19 +110,28 @@ class Trainer:
         key = jax.random.fold_in(jax.random.key(c.seed), 1)
         batch = next(iterator)  # what is wrong with the data shows before the progress line does
         writer, progress = MetricWriter(self.workdir, start), Progress(c.steps, start)
-        with contextlib.closing(writer), contextlib.closing(progress):
-            clock, since = time.perf_counter(), start
+        with contextlib.closing(writer), contextlib.closing(progress), StopRequests() as stop:
+            clock, since, unchecked = time.perf_counter(), start, None
             for step in range(start + 1, c.steps + 1):
                 state, metrics = self.step(state, self._place(batch), key)
                 progress.advance()
+                if unchecked is not None:  # one step late, so that the device never waits for the host
+                    self.guard.check(step - 1, unchecked)
+                unchecked, stopping = metrics, stop.requested
                 if _due(c.log_every, step, c.steps):
                     values = self._values(metrics, step, (time.perf_counter() - clock) / (step - since))
                     writer.write(step, values)
                     progress.show(values)
                 if _due(c.sample_every, step, c.steps) and c.samples.prompts:
                     progress.say(f"step {step}: {self._samples(state, step, writer)}")
-                if _due(c.checkpoint_every, step, c.steps):
+                if step == c.steps or stopping or _due(c.checkpoint_every, step, c.steps):
+                    self.guard.check(step, metrics)
+                    unchecked = None
+                if stopping or _due(c.checkpoint_every, step, c.steps):
                     self.maker.save(checkpoints, state, iterator)
+                if stopping and step < c.steps:
+                    checkpoints.wait()
+                    raise Stopped(f"{stopping}: step {step} is saved; the same command goes on from there")
                 if _due(c.log_every, step, c.steps):
                     clock, since = time.perf_counter(), step
                 if step < c.steps:
@@ -126,11 +140,12 @@ class Trainer:
 
     def _values(self, metrics: dict[str, jax.Array], step: int, seconds: float) -> dict[str, float]:
         """The numbers of a step on the host; waits for it."""
-        values = {name: float(x) for name, x in metrics.items()}
+        values = {name: float(x) for name, x in metrics.items() if name != "finite"}
         return values | {
             "learning_rate": float(self.schedule(step - 1)),
             "tokens_per_second": values["tokens"] / seconds,
             "seconds_per_step": seconds,
+            "skipped_steps": self.guard.skipped,
         }
 
     def _place(self, batch: Batch) -> Batch:

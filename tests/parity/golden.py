@@ -47,7 +47,9 @@ class Golden:
         """The names of the cases."""
         return sorted({name.split("/")[0] for name in self.cases.names()})
 
-    def check(self, name: str, ours, *, tolerance: float = TOLERANCE, suggested: float | None = None, where=None) -> None:
+    def check(
+        self, name: str, ours, *, tolerance: float = TOLERANCE, suggested: float | None = None, where=None
+    ) -> None:
         """Compare with a stored tensor: integers exactly, floats by max|a-b| / max(max|b|, 1e-6).
 
         Args:
