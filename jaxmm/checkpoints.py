@@ -69,7 +69,7 @@ class Checkpoints:
         """
         folder = self.folder / "checkpoints" / str(step)
         for name, arrays in items.items():
-            _compare(folder / name, _disk_form(arrays))
+            _compare(folder / name, _disk_form(arrays), _saved(folder / name))
         args = {name: ocp.args.StandardRestore(_disk_form(arrays)) for name, arrays in items.items()}
         if data is not None:
             import grain
@@ -93,10 +93,22 @@ def save_arrays(folder: Path, arrays: Arrays) -> None:
         checkpointer.save(folder.absolute(), _to_disk(arrays), force=True)
 
 
-def restore_arrays(folder: Path, arrays: Arrays) -> dict[str, jax.Array]:
-    """Restore what `save_arrays` saved, or one item of a step; arguments and errors as in `Checkpoints.restore`."""
-    wanted = _disk_form(arrays)
-    _compare(folder, wanted)
+def restore_arrays(folder: Path, arrays: Arrays, *, as_saved: bool = False) -> dict[str, jax.Array]:
+    """Restore what `save_arrays` saved, or one item of a step.
+
+    Args:
+      folder: of the arrays.
+      arrays: {path: jax.ShapeDtypeStruct} with the shardings wanted.
+      as_saved: take the number formats of the file instead of those of `arrays`.
+
+    Raises:
+      InputError: if the folder holds other arrays; every mismatch is listed.
+    """
+    wanted, saved = _disk_form(arrays), _saved(folder)
+    if as_saved:
+        formats = {path: saved[path].dtype if path in saved else x.dtype for path, x in wanted.items()}
+        wanted = {p: jax.ShapeDtypeStruct(x.shape, formats[p], sharding=x.sharding) for p, x in wanted.items()}
+    _compare(folder, wanted, saved)
     with ocp.StandardCheckpointer() as checkpointer:
         return _from_disk(checkpointer.restore(folder.absolute(), wanted), arrays)
 
@@ -185,12 +197,16 @@ def _from_disk(leaves: Mapping[str, jax.Array], arrays: Arrays) -> dict[str, jax
     return result
 
 
-def _compare(folder: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> None:
+def _saved(folder: Path) -> Mapping[str, Any]:
+    """Shapes and number formats of the arrays in a folder."""
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            saved = checkpointer.metadata(folder.absolute()).item_metadata.tree
+            return checkpointer.metadata(folder.absolute()).item_metadata.tree
     except (FileNotFoundError, ValueError, AttributeError) as error:
         raise InputError(f"{folder} holds no saved arrays") from error
+
+
+def _compare(folder: Path, wanted: Mapping[str, jax.ShapeDtypeStruct], saved: Mapping[str, Any]) -> None:
     problems = [f"{path}: not in the checkpoint" for path in wanted.keys() - saved.keys()]
     problems += [f"{path}: not in this model" for path in saved.keys() - wanted.keys()]
     for path in wanted.keys() & saved.keys():

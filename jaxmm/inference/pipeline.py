@@ -226,12 +226,10 @@ def load(path: str | os.PathLike, *, policy: str = "auto", mesh: Mesh | None = N
     wanted = _targets(blueprint.parameters, mesh)
     frozen = {p: x for p, x in wanted.items() if matches(description["frozen"], p)}
     step = latest_step(folder)
-    averaged = step / "ema"
-    params = restore_arrays(
-        averaged if averaged.exists() else step / "trainable", {p: x for p, x in wanted.items() if p not in frozen}
-    )
+    item = step / "ema" if (step / "ema").exists() else step / "trainable"
+    params = restore_arrays(item, {p: x for p, x in wanted.items() if p not in frozen}, as_saved=True)
     if frozen:
-        params |= restore_arrays(folder / "frozen", frozen)
+        params |= restore_arrays(folder / "frozen", frozen, as_saved=True)
     params = {p: x.astype(formats.params) for p, x in params.items()}
     tokenizer = load_tokenizer(folder / "tokenizer")
     options = description.get("draw_options", {})

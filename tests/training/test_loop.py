@@ -125,6 +125,21 @@ def test_one_seed_draws_the_same_on_one_and_on_eight_devices(run):
     assert np.abs(one[0] - one[1]).max() > 1
 
 
+def test_a_run_in_mixed_precision_resumes_and_loads(tmp_path):
+    """Frozen parameters are saved in bfloat16 there, and read in the format that is asked for."""
+    config = tiny_config("policy=mixed", "optimizer.frozen=('time\\..*',)", "steps=4")
+    Trainer(config, tmp_path).run()
+    with config.unlocked():
+        config.steps = 6
+    Trainer(config, tmp_path).run()
+    assert [line["step"] for line in lines(tmp_path)] == [2, 4, 6]
+    assert arrays(tmp_path, 4)["embed.table"].dtype == np.float32
+    for policy, kind in (("float32", "float32"), ("bfloat16", "bfloat16")):
+        pipeline = load(tmp_path, policy=policy)
+        assert {str(x.dtype) for x in pipeline.params.values()} == {kind}
+        assert pipeline.generate("a two", steps=2).shape == (1, 8, 8, 1)
+
+
 def test_frozen_parameters_do_not_move(tmp_path):
     trainer = Trainer(tiny_config("optimizer.frozen=('time\\..*',)", "steps=4"), tmp_path)
     trainer.run()
