@@ -94,7 +94,7 @@ def _step(line: str) -> float:
 
 def _tensorboard(workdir: Path):
     """clu's writer imports TensorFlow, so only where the extra is installed, and only now."""
-    if importlib.util.find_spec("tensorflow") is None:
+    if any(importlib.util.find_spec(package) is None for package in ("tensorflow", "tensorboard")):
         return None
     from clu import metric_writers
 

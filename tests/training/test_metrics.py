@@ -5,6 +5,7 @@ import sys
 import types
 
 import numpy as np
+import pytest
 
 from jaxmm.training import metrics
 from jaxmm.training.metrics import MetricWriter, Progress
@@ -41,6 +42,16 @@ def test_tensorboard_is_written_where_it_is_installed(tmp_path, monkeypatch):
     writer.close()
     assert calls[0] == str(tmp_path) and calls[1] == ("write_scalars", 5, {"loss": 1.5})
     assert calls[2][0] == "write_images" and calls[2][2]["samples"].shape == (1, 4, 4, 1) and calls[3] == ("close",)
+
+
+@pytest.mark.parametrize("missing", ["tensorflow", "tensorboard"])
+def test_half_an_extra_is_none(tmp_path, monkeypatch, missing):
+    """TensorFlow alone is no TensorBoard: clu's writer needs both."""
+    monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: None if name == missing else object())
+    writer = MetricWriter(tmp_path)
+    writer.write(1, {"loss": 1.0})
+    writer.close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl"]
 
 
 def test_the_progress_line_says_step_terms_rate_and_time(capsys):
