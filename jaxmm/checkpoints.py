@@ -125,12 +125,12 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def write_description(folder: Path, description: Mapping[str, Any], tokenizer: Any) -> None:
-    """Write model.json and the tokenizer's files (`tokenizer.save(folder)`)."""
-    beside = folder / f".tokenizer.{os.getpid()}"
-    shutil.rmtree(beside, ignore_errors=True)
-    tokenizer.save(beside)
-    shutil.rmtree(folder / "tokenizer", ignore_errors=True)
-    beside.replace(folder / "tokenizer")
+    """Write model.json, and the tokenizer's files (`tokenizer.save(folder)`) unless they are there."""
+    if not (folder / "tokenizer").exists():
+        beside = folder / f".tokenizer.{os.getpid()}"
+        shutil.rmtree(beside, ignore_errors=True)
+        tokenizer.save(beside)
+        beside.replace(folder / "tokenizer")
     write_json(folder / "model.json", {"format": FORMAT, **description})
 
 

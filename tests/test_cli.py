@@ -90,6 +90,9 @@ def test_mistakes_in_training(run, tmp_path, capsys):
     line = refused(capsys, *train, "experiments/transfusion/pretrain.py:7b", f"--config.data.options.path={tmp_path}",
                    "--config.tokenizer=words", "--config.data.words=('a',)")  # fmt: skip
     assert "captions.jsonl:2" in line
+    (tmp_path / "file").write_text("")
+    line = refused(capsys, "train", "--config", CONFIG, "--workdir", tmp_path / "file" / "run")
+    assert f"cannot write to {tmp_path / 'file' / 'run'}" in line
     assert "another model" in refused(capsys, "train", "--config", CONFIG, "--workdir", run)
 
 

@@ -3,11 +3,12 @@
 import ast
 import dataclasses
 import importlib.util
+import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
 from jaxmm.errors import InputError, nearest
 from jaxmm.models import get_system
@@ -84,14 +85,17 @@ def base_config(system: str, model: Any) -> ConfigDict:
 
 
 def model_dict(model: Any) -> ConfigDict:
-    """A config dataclass as a ConfigDict, without the fields that are None."""
-    fields = {}
+    """A config dataclass as a ConfigDict; a number or a string that is None is a placeholder of its type."""
+    fields, hints = {}, typing.get_type_hints(type(model))
     for field in dataclasses.fields(model):
         value = getattr(model, field.name)
         if dataclasses.is_dataclass(value):
             fields[field.name] = model_dict(value)
         elif value is not None:
             fields[field.name] = value
+        else:
+            for kind in {int, float, str} & set(typing.get_args(hints[field.name])):
+                fields[field.name] = config_dict.placeholder(kind)
     return ConfigDict(fields)
 
 
@@ -145,28 +149,28 @@ def apply_override(config: ConfigDict, override: str) -> None:
         node[name] = _parse(key, text, known[key])
 
 
-def flat_keys(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
-    """{dotted key: value} of all leaves."""
+def flat_keys(config: ConfigDict, prefix: str = "") -> dict[str, type]:
+    """{dotted key: type of its value} of all leaves."""
     flat = {}
     for key, value in config.items():
         if isinstance(value, ConfigDict):
             flat |= flat_keys(value, f"{prefix}{key}.")
         else:
-            flat[prefix + key] = value
+            flat[prefix + key] = config.get_type(key)
     return flat
 
 
-def _parse(key: str, text: str, old: Any) -> Any:
-    if isinstance(old, str):
+def _parse(key: str, text: str, kind: type) -> Any:
+    if kind is str:
         return text
     try:
         value = ast.literal_eval(text.capitalize() if text in ("true", "false") else text)
     except (ValueError, SyntaxError):
         value = text
-    if isinstance(old, float) and type(value) is int:
+    if kind is float and type(value) is int:
         value = float(value)
-    if isinstance(old, tuple) and isinstance(value, list):
+    if kind is tuple and isinstance(value, list):
         value = tuple(value)
-    if type(value) is not type(old):
-        raise InputError(f"config key {key!r} takes {type(old).__name__}, not {text!r}")
+    if type(value) is not kind:
+        raise InputError(f"config key {key!r} takes {kind.__name__}, not {text!r}")
     return value

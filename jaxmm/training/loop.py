@@ -92,9 +92,12 @@ class Trainer:
             old = read_description(self.workdir)
             if (old["system"], old["model"]) != (description["system"], _as_json(description["model"])):
                 raise InputError(f"{self.workdir} holds a run of another model; take another --workdir")
-        self.workdir.mkdir(parents=True, exist_ok=True)
-        write_description(self.workdir, description, self.tokenizer)
-        write_json(self.workdir / "config.json", self.config.to_dict())
+        try:
+            self.workdir.mkdir(parents=True, exist_ok=True)
+            write_description(self.workdir, description, self.tokenizer)
+            write_json(self.workdir / "config.json", self.config.to_dict())
+        except OSError as error:
+            raise InputError(f"cannot write to {self.workdir}: {error.strerror or error}") from error
 
     def _start(self, checkpoints: Checkpoints, iterator: Any) -> State:
         latest = checkpoints.latest()

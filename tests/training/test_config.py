@@ -37,6 +37,14 @@ def test_mistaken_overrides_are_named(override, message):
         load_config(DIGITS, [override])
 
 
+def test_fields_without_a_value_can_be_given_one():
+    config = load_config(DIGITS, ["model.kv_heads=2", "samples.solver.solver=euler", "samples.solver.clip=1"])
+    assert model_config(config).transformer.kv_heads == 2 and model_config(load_config(DIGITS)).kv_heads is None
+    assert config.samples.solver.solver == "euler" and config.samples.solver.clip == 1.0
+    with pytest.raises(InputError, match="'model.kv_heads' takes int, not 'two'"):
+        load_config(DIGITS, ["model.kv_heads=two"])
+
+
 def test_missing_and_broken_config_files(tmp_path):
     with pytest.raises(InputError, match="no config file nowhere.py"):
         load_config("nowhere.py")
