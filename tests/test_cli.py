@@ -78,6 +78,8 @@ def test_mistakes_in_training(run, tmp_path, capsys):
     )
     assert "'steps' takes int, not 'many'" in refused(capsys, *train, CONFIG, "--config.steps=many")
     assert "unknown argument 'shrt'; did you mean 'short'" in refused(capsys, *train, CONFIG.replace("short", "shrt"))
+    line = refused(capsys, *train, CONFIG, "--config.data.words=('a','b','c','d','e','f','g','h','i','j','k','l')")
+    assert "the tokenizer has 15 ids; the model leaves 14 to text" in line
     assert "layers must be at least 1" in refused(capsys, *train, CONFIG, "--config.model.layers=0")
     assert "even head size" in refused(capsys, *train, CONFIG, "--config.model.heads=5")
     assert "12 rows cannot be shared by 8 devices" in refused(capsys, *train, CONFIG, "--config.data.rows=12")

@@ -140,6 +140,8 @@ class Pipeline:
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         _check_counts(limit=limit, batch_size=batch_size)
+        if images < 0:
+            raise InputError(f"images must be at least 0, not {images}")
         options, sampler = self._options(options), TokenSampler(temperature, top_p)
         layouts = [self.layouts.prompt(prompt) for prompt in prompts]
 

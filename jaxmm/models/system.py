@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from jaxmm.layers.parameters import Blueprint, Params
-from jaxmm.sequence import Document, Layout
+from jaxmm.sequence import Budget, Document, Layout
 from jaxmm.transformer import TokenSampler
 from jaxmm.weights import Table
 
@@ -26,6 +26,10 @@ class Layouts(Protocol):
 
     def train(self, document: Document, rng: np.random.Generator) -> Layout:
         """A document to learn from; `rng` decides what a recipe leaves to chance."""
+        ...
+
+    def budget(self, tokens: int, images: int) -> Budget:
+        """What a packed row holds: tokens of the text stream, and images of the model's size."""
         ...
 
     def draw(self, prompt: str | None) -> Layout:
@@ -80,7 +84,8 @@ class System:
 
     Attributes:
       name: of its folder.
-      config: the frozen dataclass of sizes.
+      config: the frozen dataclass of sizes. Besides them it tells `image_size`, `pixel_channels`, `text_vocab_size`
+        (text may use the ids below it) and `codec`, and has the classmethod `from_dict`.
       presets: the published sizes.
       blueprint: config -> network; the network has `loss(batch, key) -> ({term: Mean}, intermediates)`.
       layouts: (config, tokenizer, recipe options) -> Layouts.

@@ -13,7 +13,6 @@ from jaxmm.data.sources import make_source
 from jaxmm.data.tokenizers import TextTokenizer, load_tokenizer, word_tokenizer
 from jaxmm.errors import InputError
 from jaxmm.models.system import Layouts
-from jaxmm.sequence import Budget
 
 
 def make_tokenizer(config: ConfigDict) -> TextTokenizer:
@@ -24,12 +23,9 @@ def make_tokenizer(config: ConfigDict) -> TextTokenizer:
 
 
 def check_vocabulary(tokenizer: TextTokenizer, model: Any) -> None:
-    """Raise InputError if the ids of the text do not fit below the ids that the model adds to them."""
-    added = [getattr(model, name) for name in ("boi_id", "eoi_id") if hasattr(model, name)]
-    if tokenizer.size > min(added, default=model.vocab_size) or max(added, default=0) >= model.vocab_size:
-        raise InputError(
-            f"the tokenizer has {tokenizer.size} ids; the model has {model.vocab_size}, of which {added} are its own"
-        )
+    """Raise InputError if the tokenizer has more ids than the model leaves to text."""
+    if tokenizer.size > model.text_vocab_size:
+        raise InputError(f"the tokenizer has {tokenizer.size} ids; the model leaves {model.text_vocab_size} to text")
 
 
 def check_rows(rows: int, mesh: Mesh, microbatches: int) -> None:
@@ -42,17 +38,15 @@ def check_rows(rows: int, mesh: Mesh, microbatches: int) -> None:
         )
 
 
-def make_batches(config: ConfigDict, model: Any, layouts: Layouts) -> grain.IterDataset:
+def make_batches(config: ConfigDict, layouts: Layouts) -> grain.IterDataset:
     """The Grain dataset of packed batches of this process."""
     data = config.data
     for name in ("tokens", "open_rows", "prefetch"):
         if data[name] < 1:
             raise InputError(f"config key 'data.{name}' must be at least 1, not {data[name]}")
-    height, width = model.image_size
-    images = {f"{height}x{width}": (data.images, (height, width, model.pixel_channels))}
     source = make_source(data.source, data.options.to_dict())
     documents = layout_dataset(source, layouts.train, seed=config.seed)
-    budget = Budget({"tokens": data.tokens}, images)
+    budget = layouts.budget(data.tokens, data.images)
     batches = PackedBatches(documents, budget, data.rows, process_lanes(data.rows), data.open_rows)
     return grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=data.prefetch)
 

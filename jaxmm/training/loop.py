@@ -52,7 +52,7 @@ class Trainer:
         self.tokenizer = make_tokenizer(config)
         check_vocabulary(self.tokenizer, self.model)
         layouts = self.system.layouts(self.model, self.tokenizer, **config.recipe)
-        self.batches = make_batches(config, self.model, layouts)
+        self.batches = make_batches(config, layouts)
         trainable = [path for path in self.blueprint.parameters if not matches(config.optimizer.frozen, path)]
         optimizer = make_optimizer(config.optimizer, config.steps, trainable)
         self.maker = StateMaker(self.blueprint, optimizer, config.optimizer.frozen, self.mesh, self.policy, config.ema)

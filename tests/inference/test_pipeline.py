@@ -78,6 +78,7 @@ def test_completion_mixes_text_and_images(pipeline):
         (lambda p: p.generate("a one", solver="euler"), "none of this checkpoint's: ancestral, ddim"),
         (lambda p: p.generate("a one", batch_size=0), "batch_size must be at least 1"),
         (lambda p: p.generate("a one a one " * 20), "context holds 64"),
+        (lambda p: p.complete("a one", images=-1), "images must be at least 0"),
         (lambda p: p.describe(np.zeros((8, 8, 1), np.float32)), "not float32"),
         (lambda p: p.describe(np.zeros((8, 8, 2), np.uint8)), "an image is uint8"),
         (lambda p: p.describe("missing.png"), "missing.png"),

@@ -1,4 +1,4 @@
-"""A run that is asked to stop saves its step and ends; run again, it goes on to the same numbers."""
+"""A run that is asked to stop saves its step and ends; run again, it goes on from there."""
 
 import json
 import os
@@ -43,6 +43,10 @@ def test_a_signal_saves_and_the_run_resumes(tmp_path, number):
     saved = [int(path.name) for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()]
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert saved == [lines[-1]["step"]]
+    last = saved[0] + 3
+    subprocess.run(command(tmp_path, f"steps={last}"), cwd=ROOT, env=environment, check=True)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, last + 1))
 
 
 @pytest.mark.slow

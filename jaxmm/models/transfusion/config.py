@@ -114,6 +114,11 @@ class TransfusionConfig:
         """Channels of an image."""
         return self.latent_channels if self.codec is None else self.codec.in_channels
 
+    @property
+    def text_vocab_size(self) -> int:
+        """Text may use the ids below it: BOI and EOI are appended to those of the tokenizer."""
+        return min(self.boi_id, self.eoi_id)
+
     def patches(self, height: int, width: int) -> int:
         """The number of patches of an image of height x width pixels.
 

@@ -8,7 +8,19 @@ import numpy as np
 from jaxmm.errors import InputError
 from jaxmm.models.system import Tokenizer
 from jaxmm.models.transfusion.config import TransfusionConfig
-from jaxmm.sequence import OPEN, Document, Image, ImageSlot, Intervals, Layout, StreamLayout, Text, causal, together
+from jaxmm.sequence import (
+    OPEN,
+    Budget,
+    Document,
+    Image,
+    ImageSlot,
+    Intervals,
+    Layout,
+    StreamLayout,
+    Text,
+    causal,
+    together,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +77,11 @@ class TransfusionLayouts:
             else:
                 parts += self._picture(segment, limit)
         return arrange(c, [*parts, c.eos_id], example=document.example, name=document.name)
+
+    def budget(self, tokens: int, images: int) -> Budget:
+        """A row of so many tokens and images of the model's size."""
+        shape = (*self.config.image_size, self.config.pixel_channels)
+        return Budget({"tokens": tokens}, {bucket_name(shape): (images, shape)})
 
     def draw(self, prompt: str | None) -> Layout:
         """`BOS caption BOI`; the unconditional prompt has no caption."""
