@@ -63,8 +63,10 @@ def train(options: argparse.Namespace) -> None:
     """Train the experiment and print its report."""
     from jaxmm.training.config import load_config
     from jaxmm.training.loop import Trainer
+    from jaxmm.training.record import Origin
 
-    report = Trainer(load_config(options.config, options.overrides), Path(options.workdir)).run()
+    config = load_config(options.config, options.overrides)
+    report = Trainer(config, Path(options.workdir), Origin(options.config, options.overrides)).run()
     if report:
         print(json.dumps(report, indent=2))
 

@@ -7,7 +7,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxmm.sequence.intervals import Intervals
+from jaxmm.errors import InputError
+from jaxmm.sequence.intervals import OPEN, Intervals
 from jaxmm.sequence.layout import Layout, StreamLayout
 
 ORDERS = 1024  # an image's own number is example * ORDERS + its order within the document
@@ -90,6 +91,14 @@ class Budget:
             used[f"images/{image.bucket}"] = used.get(f"images/{image.bucket}", 0) + 1
         return used
 
+    def check(self, layout: Layout) -> dict[str, int]:
+        """`used` of a layout; raises InputError if it does not fit into an empty row."""
+        used, limits = self.used(layout), self.limits()
+        for name, amount in used.items():
+            if amount > limits.get(name, 0):
+                raise InputError(f"{layout.name}: needs {amount} of {name}, a row has {limits.get(name, 0)}")
+        return used
+
     def limits(self) -> dict[str, int]:
         """The budgets under the names of `used`."""
         limits = {f"tokens/{name}": length for name, length in self.tokens.items()}
@@ -128,24 +137,29 @@ def _empty_images(rows: int, count: int, shape: tuple[int, int, int]) -> ImageSe
 
 
 def _fill_row(streams: dict[str, Tokens], images: dict[str, ImageSet], b: int, row: Sequence[Layout]) -> None:
-    ends = dict.fromkeys(streams, 0)
-    counts = dict.fromkeys(images, 0)
-    place = 0
+    """Write the layouts of one row, a stream at a time: rows of many small documents are made quickly."""
     for layout in row[:-1]:
         _check_closed(layout)
+    starts: list[dict[str, int]] = []  # of each document, where it begins in each stream
+    ends = dict.fromkeys(streams, 0)
     for layout in row:
-        starts = dict(ends)
-        for name, source in layout.moved(place).streams.items():
+        starts.append(dict(ends))
+        for name, source in layout.streams.items():
             if name not in streams:
                 raise ValueError(f"{layout.name}: no budget for tokens of stream {name!r}; there is {sorted(streams)}")
-            target, begin, stop = streams[name], ends[name], ends[name] + len(source)
-            if stop > target.length:
-                raise ValueError(f"{layout.name}: {stop} tokens in stream {name!r}, the row has {target.length}")
-            _write(target, b, slice(begin, stop), source)
-            ends[name] = stop
+            ends[name] += len(source)
+            if ends[name] > streams[name].length:
+                limit = streams[name].length
+                raise ValueError(f"{layout.name}: {ends[name]} tokens in stream {name!r}, the row has {limit}")
+    offsets = np.cumsum([0, *(layout.length for layout in row[:-1])], dtype=np.int32)
+    for name, target in streams.items():
+        parts = [(offset, layout.streams[name]) for offset, layout in zip(offsets, row) if name in layout.streams]
+        if parts:
+            _write(target, b, *zip(*parts))
+    counts = dict.fromkeys(images, 0)
+    for layout, start in zip(row, starts):
         for image in layout.images:
-            _place_image(images, counts, b, image, layout, starts[image.stream])
-        place += layout.length
+            _place_image(images, counts, b, image, layout, start[image.stream])
 
 
 def _check_closed(layout: Layout) -> None:
@@ -159,9 +173,17 @@ def _check_closed(layout: Layout) -> None:
             )
 
 
-def _write(target: Tokens, b: int, where: slice, s: StreamLayout) -> None:
-    source = Tokens(s.ids, s.places, s.intervals, s.positions, s.labels, s.weights)
-    jax.tree.map(lambda to, new: to[b].__setitem__(where, new), target, source)
+def _write(target: Tokens, b: int, offsets: Sequence[int], sources: Sequence[StreamLayout]) -> None:
+    """Write the documents of one row and stream one behind the other, their places `offsets` further on."""
+    join = np.concatenate
+    shift = np.repeat(offsets, [len(s) for s in sources])
+    n = len(shift)
+    target.ids[b, :n], target.positions[b, :n] = join([s.ids for s in sources]), join([s.positions for s in sources])
+    target.labels[b, :n], target.weights[b, :n] = join([s.labels for s in sources]), join([s.weights for s in sources])
+    places, end = join([s.places for s in sources]), join([s.intervals.end for s in sources])
+    target.places[b, :n] = np.where(places < 0, places, places + shift)  # -1 sees nothing, wherever it is
+    target.intervals.start[b, :n] = join([s.intervals.start for s in sources]) + shift
+    target.intervals.end[b, :n] = np.where(end == OPEN, OPEN, end + shift)
 
 
 def _place_image(images: dict, counts: dict, b: int, image, layout: Layout, start: int) -> None:

@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from jaxmm.sequence.intervals import OPEN, Intervals
+from jaxmm.sequence.intervals import Intervals
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,18 +70,3 @@ class Layout:
     length: int = 0
     example: int = 0
     name: str = ""
-
-    def moved(self, offset: int) -> "Layout":
-        """The same layout with its places `offset` further on; rotary positions stay."""
-        streams = {
-            name: dataclasses.replace(
-                s, places=_move(s.places, offset), intervals=Intervals(*(_move(x, offset) for x in s.intervals))
-            )
-            for name, s in self.streams.items()
-        }
-        return dataclasses.replace(self, streams=streams)
-
-
-def _move(places: np.ndarray, offset: int) -> np.ndarray:
-    """Add the offset, except to what is no place: the end of an open key, and the -1 of a query that sees nothing."""
-    return np.where((places == OPEN) | (places < 0), places, places + np.int32(offset)).astype(np.int32)

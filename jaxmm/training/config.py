@@ -26,7 +26,8 @@ def base_config(system: str, model: Any) -> ConfigDict:
         system, model: what is trained; `model` holds the fields of the system's config.
         recipe: keyword arguments of the system's layouts: what training leaves to chance.
         tokenizer: "words" (built from `data.words`), a Hugging Face name, or a folder.
-        data: source and its options, rows of the global batch, budgets of a row.
+        data: source and its options, rows of the global batch, budgets of a row, `prefetch` batches made and put on
+          the devices ahead, and the share of records that may be bad before the run stops.
         optimizer: AdamW, its schedule, and regular expressions over parameter paths.
         steps, seed: length of the run, and the seed of parameters, data and noise.
         policy: number formats, see `Policy.named`.
@@ -38,6 +39,7 @@ def base_config(system: str, model: Any) -> ConfigDict:
           `nonfinite_in_a_row` times in a row.
         log_every, checkpoint_every, sample_every: in steps; 0 is never.
         keep_last, keep_every: which checkpoints stay.
+        profile: "FIRST:LAST", steps whose trace is written to WORKDIR/profile; "" is none.
         samples: prompts of the pictures drawn on the way, columns of their grid (0: about square), solver options.
         evaluation: the benchmark of the final report and its options; "" is none.
     """
@@ -55,6 +57,7 @@ def base_config(system: str, model: Any) -> ConfigDict:
             images=8,
             open_rows=4,
             prefetch=2,
+            bad_share=0.05,
         )
     )
     config.optimizer = ConfigDict(
@@ -78,7 +81,7 @@ def base_config(system: str, model: Any) -> ConfigDict:
     config.codec, config.ema = "", 0.0
     config.microbatches, config.nonfinite, config.nonfinite_in_a_row = 1, "stop", 10
     config.log_every, config.checkpoint_every, config.sample_every = 20, 1000, 0
-    config.keep_last, config.keep_every = 3, 0
+    config.keep_last, config.keep_every, config.profile = 3, 0, ""
     config.samples = ConfigDict(dict(prompts=(), columns=0, solver=model_dict(get_system(system).draw_options())))
     config.evaluation = ConfigDict(dict(name="", options=ConfigDict()))
     return config

@@ -1,5 +1,7 @@
 """What a run reads: its tokenizer, its batches, the weights of a frozen codec."""
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import grain
@@ -8,11 +10,13 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from jaxmm.autoencoders import load_diffusers
-from jaxmm.data.pipeline import PackedBatches, layout_dataset, process_lanes
+from jaxmm.data.bad_examples import BadExamples
+from jaxmm.data.pipeline import PackedBatches, fitting, layout_dataset, process_lanes
 from jaxmm.data.sources import make_source
 from jaxmm.data.tokenizers import TextTokenizer, load_tokenizer, word_tokenizer
 from jaxmm.errors import InputError
 from jaxmm.models.system import Layouts
+from jaxmm.sequence import Batch
 
 
 def make_tokenizer(config: ConfigDict) -> TextTokenizer:
@@ -38,17 +42,27 @@ def check_rows(rows: int, mesh: Mesh, microbatches: int) -> None:
         )
 
 
-def make_batches(config: ConfigDict, layouts: Layouts) -> grain.IterDataset:
-    """The Grain dataset of packed batches of this process."""
+def make_batches(
+    config: ConfigDict, layouts: Layouts, place: Callable[[Batch], Batch], bad_file: Path | None = None
+) -> tuple[grain.IterDataset, BadExamples]:
+    """The Grain dataset of packed batches, and the account of the records that it leaves out.
+
+    Args:
+      config: of the run.
+      layouts: of its system.
+      place: puts the rows of this process on its devices; a thread does it ahead of the steps.
+      bad_file: where bad records are named.
+    """
     data = config.data
     for name in ("tokens", "open_rows", "prefetch"):
         if data[name] < 1:
             raise InputError(f"config key 'data.{name}' must be at least 1, not {data[name]}")
     source = make_source(data.source, data.options.to_dict())
-    documents = layout_dataset(source, layouts.train, seed=config.seed)
+    bad = BadExamples(bad_file, data.bad_share, len(source))
     budget = layouts.budget(data.tokens, data.images)
-    batches = PackedBatches(documents, budget, data.rows, process_lanes(data.rows), data.open_rows)
-    return grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=data.prefetch)
+    documents = layout_dataset(source, fitting(layouts.train, budget), seed=config.seed)
+    batches = PackedBatches(documents, budget, data.rows, process_lanes(data.rows), data.open_rows, bad)
+    return grain.experimental.ThreadPrefetchIterDataset(batches.map(place), prefetch_buffer_size=data.prefetch), bad
 
 
 def codec_weights(folder: str, model: Any) -> dict[str, np.ndarray]:

@@ -24,9 +24,11 @@ from jaxmm.sequence import Batch
 from jaxmm.sharding import make_mesh, rows_sharding
 from jaxmm.training.config import model_config
 from jaxmm.training.inputs import check_rows, check_vocabulary, codec_weights, make_batches, make_tokenizer
-from jaxmm.training.metrics import MetricWriter, Progress
+from jaxmm.training.metrics import Meter, MetricWriter, Progress, memory_use
 from jaxmm.training.numerics import Guard
 from jaxmm.training.optimizer import make_optimizer, make_schedule
+from jaxmm.training.profiler import ProfileWindow
+from jaxmm.training.record import Origin, record_start
 from jaxmm.training.signals import StopRequests
 from jaxmm.training.state import State, StateMaker, weights_of
 from jaxmm.training.step import make_step
@@ -38,13 +40,14 @@ class Trainer:
     Args:
       config: see `base_config`.
       workdir: of the run; it is made if it is not there.
+      origin: where the config comes from, for the record.
 
     Raises:
       InputError: for what is wrong in the config, its data, or a workdir of another run.
     """
 
-    def __init__(self, config: ConfigDict, workdir: Path):
-        self.config, self.workdir = config, workdir
+    def __init__(self, config: ConfigDict, workdir: Path, origin: Origin = Origin()):
+        self.config, self.workdir, self.origin = config, workdir, origin
         self.system, self.model = get_system(config.system), model_config(config)
         self.policy, self.mesh = Policy.named(config.policy), make_mesh(**config.mesh)
         check_rows(config.data.rows, self.mesh, config.microbatches)
@@ -52,7 +55,7 @@ class Trainer:
         self.tokenizer = make_tokenizer(config)
         check_vocabulary(self.tokenizer, self.model)
         layouts = self.system.layouts(self.model, self.tokenizer, **config.recipe)
-        self.batches = make_batches(config, layouts)
+        self.batches, self.bad = make_batches(config, layouts, self._place, workdir / "bad_examples.jsonl")
         trainable = [path for path in self.blueprint.parameters if not matches(config.optimizer.frozen, path)]
         optimizer = make_optimizer(config.optimizer, config.steps, trainable)
         self.maker = StateMaker(self.blueprint, optimizer, config.optimizer.frozen, self.mesh, self.policy, config.ema)
@@ -76,7 +79,8 @@ class Trainer:
             iterator = iter(self.batches)
             stack.callback(iterator.close)
             state = self._start(checkpoints, iterator)
-            state = self._steps(state, iterator, checkpoints)
+            record_start(self.workdir, config, self.origin, self.mesh, int(state["step"]))
+            state = self.train_steps(state, iterator, checkpoints)
         return self._report(state, time.perf_counter() - begin)
 
     def _describe_run(self) -> None:
@@ -106,49 +110,60 @@ class Trainer:
         given = codec_weights(self.config.codec, self.model)
         return self.maker.init(jax.random.fold_in(jax.random.key(self.config.seed), 0), given)
 
-    def _steps(self, state: State, iterator: Any, checkpoints: Checkpoints) -> State:
+    def train_steps(self, state: State, iterator: Any, checkpoints: Checkpoints) -> State:
+        """Train from the state's step to the last one."""
         c, start = self.config, int(state["step"])
         if start >= c.steps:
             return state
         key = jax.random.fold_in(jax.random.key(c.seed), 1)
         batch = next(iterator)  # what is wrong with the data shows before the progress line does
-        writer, progress = MetricWriter(self.workdir, start), Progress(c.steps, start)
-        with contextlib.closing(writer), contextlib.closing(progress), StopRequests() as stop:
-            clock, since, unchecked = time.perf_counter(), start, None
+        with contextlib.ExitStack() as stack:
+            writer = stack.enter_context(contextlib.closing(MetricWriter(self.workdir, start)))
+            progress = stack.enter_context(contextlib.closing(Progress(c.steps, start)))
+            profile = stack.enter_context(contextlib.closing(ProfileWindow(c.profile, self.workdir / "profile")))
+            stop = stack.enter_context(StopRequests())
+            meter, unchecked = Meter("data_wait", "samples", "save"), None
             for step in range(start + 1, c.steps + 1):
-                state, metrics = self.step(state, self._place(batch), key)
+                profile.before(step)
+                state, metrics = self.step(state, batch, key)
+                profile.after(step, metrics)
                 progress.advance()
+                meter.step()
                 if unchecked is not None:  # one step late, so that the device never waits for the host
                     self.guard.check(step - 1, unchecked)
                 unchecked, stopping = metrics, stop.requested
                 if _due(c.log_every, step, c.steps):
-                    values = self._values(metrics, step, (time.perf_counter() - clock) / (step - since))
+                    values = self._values(metrics, step, meter)
                     writer.write(step, values)
                     progress.show(values)
+                    meter.restart()
                 if _due(c.sample_every, step, c.steps) and c.samples.prompts:
-                    progress.say(f"step {step}: {self._samples(state, step, writer)}")
+                    with meter.timed("samples"):
+                        progress.say(f"step {step}: {self._samples(state, step, writer)}")
                 if step == c.steps or stopping or _due(c.checkpoint_every, step, c.steps):
                     self.guard.check(step, metrics)
                     unchecked = None
                 if stopping or _due(c.checkpoint_every, step, c.steps):
-                    self.maker.save(checkpoints, state, iterator)
+                    with meter.timed("save"):
+                        self.maker.save(checkpoints, state, iterator)
                 if stopping and step < c.steps:
                     checkpoints.wait()
                     raise Stopped(f"{stopping}: step {step} is saved; the same command goes on from there")
-                if _due(c.log_every, step, c.steps):
-                    clock, since = time.perf_counter(), step
                 if step < c.steps:
-                    batch = next(iterator)
+                    with meter.timed("data_wait"):
+                        batch = next(iterator)
         return state
 
-    def _values(self, metrics: dict[str, jax.Array], step: int, seconds: float) -> dict[str, float]:
+    def _values(self, metrics: dict[str, jax.Array], step: int, meter: Meter) -> dict[str, float]:
         """The numbers of a step on the host; waits for it."""
-        values = {name: float(x) for name, x in metrics.items() if name != "finite"}
+        values = {name: float(x) for name, x in metrics.items() if name != "finite"} | meter.read()
+        training = values["seconds_per_step"] - values["samples_seconds"] - values["save_seconds"]
         return values | {
             "learning_rate": float(self.schedule(step - 1)),
-            "tokens_per_second": values["tokens"] / seconds,
-            "seconds_per_step": seconds,
+            "tokens_per_second": values["tokens"] / training,
             "skipped_steps": self.guard.skipped,
+            "bad_examples": len(self.bad),
+            **memory_use(),
         }
 
     def _place(self, batch: Batch) -> Batch:

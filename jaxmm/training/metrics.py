@@ -1,12 +1,16 @@
 """Numbers on the way: JSON lines always, TensorBoard where it is installed, one live line on the screen."""
 
+import contextlib
 import importlib.util
 import json
 import math
+import resource
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import jax
 import numpy as np
 from tqdm import tqdm
 
@@ -26,8 +30,9 @@ class MetricWriter:
         self._board = _tensorboard(workdir)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Write the numbers of one step."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        """Write the numbers of one step; what is not finite is null, for JSON has no such numbers."""
+        line = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._file.write(json.dumps({"step": step, **line}) + "\n")
         self._file.flush()
         if self._board is not None:
             self._board.write_scalars(step, dict(values))
@@ -42,6 +47,53 @@ class MetricWriter:
         self._file.close()
         if self._board is not None:
             self._board.close()
+
+
+class Meter:
+    """Where the time between two log steps goes, by a clock that no one sets.
+
+    Args:
+      names: of the totals that are kept apart.
+    """
+
+    def __init__(self, *names: str):
+        self._totals = dict.fromkeys(names, 0.0)
+        self._begin, self._steps = time.perf_counter(), 0
+
+    @contextlib.contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Add the time spent inside to a total."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._totals[name] += time.perf_counter() - begin
+
+    def step(self) -> None:
+        """One step is done."""
+        self._steps += 1
+
+    def read(self) -> dict[str, float]:
+        """Seconds per step, and those of each total per step: {"seconds_per_step", "<name>_seconds": ...}."""
+        steps = max(self._steps, 1)
+        seconds = {"seconds_per_step": (time.perf_counter() - self._begin) / steps}
+        return seconds | {f"{name}_seconds": total / steps for name, total in self._totals.items()}
+
+    def restart(self) -> None:
+        """Begin the next interval."""
+        self._totals = dict.fromkeys(self._totals, 0.0)
+        self._begin, self._steps = time.perf_counter(), 0
+
+
+def memory_use() -> dict[str, float]:
+    """Bytes: the most that any local device holds and has held, where devices tell, and the process's peak."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    use = {}
+    for name, key in (("memory/device_bytes", "bytes_in_use"), ("memory/device_peak_bytes", "peak_bytes_in_use")):
+        values = [each[key] for each in stats if key in each]
+        use |= {name: float(max(values))} if values else {}
+    unit = 1 if sys.platform == "darwin" else 1024
+    return use | {"memory/host_peak_bytes": float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)}
 
 
 class Progress:
