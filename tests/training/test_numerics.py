@@ -9,7 +9,7 @@ import pytest
 from jaxmm.errors import InputError, RunError
 from jaxmm.layers.parameters import Policy
 from jaxmm.models.transfusion import SYSTEM
-from jaxmm.sharding import make_mesh
+from jaxmm.sharding import make_mesh, parameter_shardings, rows_sharding
 from jaxmm.training.loop import Trainer
 from jaxmm.training.numerics import Guard, group_norms
 from jaxmm.training.state import StateMaker
@@ -28,14 +28,22 @@ def test_microbatches_give_the_gradient_of_the_big_batch(microbatches):
     batch, key = tiny.batch(rows=8, caption_dropout=0.5), jax.random.key(1)
     counts = np.sum(batch.streams["tokens"].weights.reshape(-1, microbatches, 64), axis=(0, 2))
     assert len(set(counts)) > 1
-    (total, means), gradient = jax.jit(make_gradient(BLUEPRINT, WEIGHTS, Policy()))(params, {}, batch, key)
-    turns = jax.jit(make_gradient(BLUEPRINT, WEIGHTS, Policy(), microbatches))(params, {}, batch, key)
-    assert float(turns[0][0]) == pytest.approx(float(total), rel=1e-6)
-    for name in means:
-        assert float(turns[0][1][name]) == pytest.approx(float(means[name]), rel=1e-6)
-    for path in gradient:
-        error = np.max(np.abs(turns[1][path] - gradient[path])) / max(np.max(np.abs(gradient[path])), 1e-6)
-        assert error < 1e-5, path
+    big = jax.jit(make_gradient(BLUEPRINT, WEIGHTS, Policy()))(params, {}, batch, key)
+    in_turns = jax.jit(make_gradient(BLUEPRINT, WEIGHTS, Policy(), microbatches))
+    assert_equal(in_turns(params, {}, batch, key), big)
+    mesh = make_mesh(fsdp=2, devices=jax.devices()[:2])
+    with jax.set_mesh(mesh):
+        shared = jax.device_put(batch, rows_sharding(mesh, 8))
+        placed = jax.device_put(params, parameter_shardings(BLUEPRINT.parameters, mesh))
+        assert_equal(in_turns(placed, {}, shared, key), big)
+
+
+def assert_equal(actual, expected):
+    """((total, terms), gradient) within 1e-6 of the largest number of each tensor."""
+    actual, expected = (jax.tree.map(np.asarray, x) for x in (actual, expected))
+    leaves = zip(jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True)
+    for (path, x), y in leaves:
+        assert np.max(np.abs(x - y)) <= 1e-6 * np.max(np.abs(y)), jax.tree_util.keystr(path)
 
 
 def test_a_step_without_numbers_changes_nothing():
