@@ -25,6 +25,7 @@ REQUIRED = [
     "safetensors>=0.6",
     "scikit-learn>=1.6",
     "tqdm>=4.67",
+    "matplotlib>=3.10",
 ]
 EXTRAS = {
     "tpu": ["jax[tpu]>=0.10.2"],

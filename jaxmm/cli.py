@@ -56,6 +56,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_train(verbs)
     _add_generate(verbs)
     _add_describe(verbs)
+    _add_report(verbs)
     return parser
 
 
@@ -107,6 +108,20 @@ def describe(options: argparse.Namespace) -> None:
         print(text)
 
 
+def report(options: argparse.Namespace) -> None:
+    """Draw the curves of runs, and print a table of their numbers."""
+    from jaxmm.data.images import write_image
+    from jaxmm.training.curves import draw_curves, render
+    from jaxmm.training.report import choose_metrics, read_runs, table
+
+    if options.smooth < 1:
+        raise InputError(f"--smooth must be at least 1, not {options.smooth}")
+    runs = read_runs(options.workdirs)
+    metrics = choose_metrics(runs, options.metric)
+    write_image(options.output, render(draw_curves(runs, metrics, options.smooth)))
+    print(table(runs))
+
+
 def _mesh():
     """All devices, where there are several."""
     import jax
@@ -156,6 +171,27 @@ def _add_describe(verbs) -> None:
     verb.add_argument("--seed", type=int, default=0, help="of sampling (default 0)")
     verb.add_argument("--batch-size", type=int, default=64, help="images that are read together (default 64)")
     verb.set_defaults(run=describe)
+
+
+def _add_report(verbs) -> None:
+    verb = verbs.add_parser(
+        "report",
+        help="compare runs: their curves and a table",
+        description="Draw the curves of one or several runs, and print a table of their numbers and of the config keys "
+        "in which they differ.",
+    )
+    verb.add_argument("workdirs", nargs="+", metavar="WORKDIR", help="of `jaxmm train`; runs may still be going on")
+    verb.add_argument("--output", default="report.png", help="the picture (default report.png)")
+    verb.add_argument(
+        "--metric",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="a regular expression for whole names of metrics.jsonl, for example 'loss/.*'; repeat it for several "
+        "(default: losses, learning rate, gradient norm, tokens per second, utilisation)",
+    )
+    verb.add_argument("--smooth", type=int, default=1, metavar="N", help="draw means over N log points (default 1)")
+    verb.set_defaults(run=report)
 
 
 if __name__ == "__main__":

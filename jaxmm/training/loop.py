@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from ml_collections import ConfigDict
 
 import jaxmm
@@ -23,6 +21,7 @@ from jaxmm.paths import matches
 from jaxmm.sequence import Batch
 from jaxmm.sharding import make_mesh, rows_sharding
 from jaxmm.training.config import model_config
+from jaxmm.training.flops import matmul_seconds
 from jaxmm.training.inputs import check_rows, check_vocabulary, codec_weights, make_batches, make_tokenizer
 from jaxmm.training.metrics import Meter, MetricWriter, Progress, memory_use
 from jaxmm.training.numerics import Guard
@@ -206,19 +205,6 @@ class Trainer:
         report |= {"seed": c.seed, "steps": c.steps, "wall_seconds": seconds, "matmul_seconds": matmul_seconds()}
         write_json(self.workdir / "report.json", report)
         return report
-
-
-def matmul_seconds(size: int = 2048, repeats: int = 5) -> float:
-    """The median time of one float32 matrix product of size x size: how fast this machine is just now."""
-    x = jnp.ones((size, size), jnp.float32)
-    product = jax.jit(jnp.matmul)
-    product(x, x).block_until_ready()
-    times = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        product(x, x).block_until_ready()
-        times.append(time.perf_counter() - begin)
-    return float(np.median(times))
 
 
 def _due(every: int, step: int, last: int) -> bool:
