@@ -11,6 +11,7 @@ The peak is the dense bfloat16 peak of accelerators, also where the run computes
 the table below, CPUs among them, are measured with a large float32 product.
 """
 
+import dataclasses
 import math
 import re
 import time
@@ -22,6 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Jaxpr, Literal, Var
 from jax.interpreters.partial_eval import dce_jaxpr
+from jax.sharding import Mesh
+
+from jaxmm.sequence import Batch
 
 Flags = list[bool]
 
@@ -41,6 +45,33 @@ PEAKS = (
 
 # their derivative is zero everywhere; integers and booleans, which have none either, are told by their format
 _NO_GRADIENT = {"stop_gradient", "sign", "floor", "ceil", "round"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What a step of a run asks of its devices, and what they can do.
+
+    Attributes:
+      flops: of a step whose rows are full.
+      slots: token slots of a batch, filler included.
+      peak: FLOP/s of all devices.
+    """
+
+    flops: float
+    slots: int
+    peak: float
+
+    @classmethod
+    def of_step(cls, loss: Callable, state: Any, batch: Batch, key: jax.Array, mesh: Mesh) -> "Work":
+        """Count it, for the `make_loss` of the run; nothing is computed but a matrix product on unknown devices."""
+        flops = model_flops(loss, state["trainable"], state["frozen"], batch, key)
+        slots = sum(tokens.ids.size for tokens in batch.streams.values())
+        return cls(flops, slots, peak_flops_total(mesh.devices))
+
+    def metrics(self, tokens: float, seconds: float) -> dict[str, float]:
+        """Model FLOPs and utilisation of a step with so many tokens that took so many seconds."""
+        flops = self.flops * tokens / self.slots
+        return {"model_flops": flops, "utilisation": flops / (seconds * self.peak)}
 
 
 def model_flops(loss: Callable, trainable: Any, frozen: Any, batch: Any, key: Any) -> float:

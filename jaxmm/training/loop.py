@@ -21,7 +21,7 @@ from jaxmm.paths import matches
 from jaxmm.sequence import Batch
 from jaxmm.sharding import make_mesh, rows_sharding
 from jaxmm.training.config import model_config
-from jaxmm.training.flops import matmul_seconds
+from jaxmm.training.flops import Work, matmul_seconds
 from jaxmm.training.inputs import check_rows, check_vocabulary, codec_weights, make_batches, make_tokenizer
 from jaxmm.training.metrics import Meter, MetricWriter, Progress, memory_use
 from jaxmm.training.numerics import Guard
@@ -30,7 +30,7 @@ from jaxmm.training.profiler import ProfileWindow
 from jaxmm.training.record import Origin, record_start
 from jaxmm.training.signals import StopRequests
 from jaxmm.training.state import State, StateMaker, weights_of
-from jaxmm.training.step import make_step
+from jaxmm.training.step import make_loss, make_step
 
 
 class Trainer:
@@ -59,6 +59,7 @@ class Trainer:
         optimizer = make_optimizer(config.optimizer, config.steps, trainable)
         self.maker = StateMaker(self.blueprint, optimizer, config.optimizer.frozen, self.mesh, self.policy, config.ema)
         weights = self.system.term_weights(self.model)
+        self.loss = make_loss(self.blueprint, weights, self.policy)
         step = make_step(
             self.blueprint, optimizer, weights, self.policy, ema=config.ema, microbatches=config.microbatches
         )
@@ -121,6 +122,7 @@ class Trainer:
             progress = stack.enter_context(contextlib.closing(Progress(c.steps, start)))
             profile = stack.enter_context(contextlib.closing(ProfileWindow(c.profile, self.workdir / "profile")))
             stop = stack.enter_context(StopRequests())
+            work = Work.of_step(self.loss, state, batch, key, self.mesh)
             meter, unchecked = Meter("data_wait", "samples", "save"), None
             for step in range(start + 1, c.steps + 1):
                 profile.before(step)
@@ -132,7 +134,7 @@ class Trainer:
                     self.guard.check(step - 1, unchecked)
                 unchecked, stopping = metrics, stop.requested
                 if _due(c.log_every, step, c.steps):
-                    values = self._values(metrics, step, meter)
+                    values = self._values(metrics, step, meter, work)
                     writer.write(step, values)
                     progress.show(values)
                     meter.restart()
@@ -153,13 +155,14 @@ class Trainer:
                         batch = next(iterator)
         return state
 
-    def _values(self, metrics: dict[str, jax.Array], step: int, meter: Meter) -> dict[str, float]:
+    def _values(self, metrics: dict[str, jax.Array], step: int, meter: Meter, work: Work) -> dict[str, float]:
         """The numbers of a step on the host; waits for it."""
         values = {name: float(x) for name, x in metrics.items() if name != "finite"} | meter.read()
         training = values["seconds_per_step"] - values["samples_seconds"] - values["save_seconds"]
         return values | {
             "learning_rate": float(self.schedule(step - 1)),
             "tokens_per_second": values["tokens"] / training,
+            **work.metrics(values["tokens"], training),
             "skipped_steps": self.guard.skipped,
             "bad_examples": len(self.bad),
             **memory_use(),

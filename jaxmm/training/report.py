@@ -24,7 +24,7 @@ _WIDEST = 40  # characters of a cell with a config value
 _MEDIANS = {
     "tokens_per_second": ("tokens/s", "{:,.0f}"),
     "utilisation": ("utilisation", "{:.1%}"),
-    "data_wait": ("data wait", "{:.4g}"),
+    "data_wait_seconds": ("data wait (s)", "{:.2g}"),
 }
 # config keys whose values are in another column, or change no number of a run
 _OBVIOUS = (r"steps|log_every|.*(checkpoint|sample)_every|keep_.*|samples\..*|data\.prefetch",)

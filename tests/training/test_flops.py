@@ -4,6 +4,7 @@ import types
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
@@ -11,7 +12,7 @@ from jaxmm.layers.parameters import Policy
 from jaxmm.models.transfusion import SYSTEM
 from jaxmm.sharding import make_mesh
 from jaxmm.training import flops
-from jaxmm.training.flops import model_flops, peak_flops, peak_flops_total
+from jaxmm.training.flops import Work, model_flops, peak_flops, peak_flops_total
 from jaxmm.training.step import make_loss
 from tests import tiny
 
@@ -254,3 +255,17 @@ def test_the_peak_of_a_mesh(monkeypatch):
 
 def test_the_measured_peak_is_a_rate():
     assert 1e8 < flops.measured_peak(256) < 1e15
+
+
+def test_the_work_of_a_step_counts_filled_slots_only():
+    blueprint = SYSTEM.blueprint(tiny.CONFIG)
+    batch = tiny.batch(rows=8)
+    loss = make_loss(blueprint, SYSTEM.term_weights(tiny.CONFIG), Policy())
+    state = {"trainable": jax.eval_shape(blueprint.init, jax.random.key(0)), "frozen": {}}
+    work = Work.of_step(loss, state, batch, jax.random.key(0), make_mesh())
+    tokens = int(np.sum(batch.streams["tokens"].places >= 0))
+    assert work.slots == 8 * 64 and 0 < tokens < work.slots
+    flops = model_flops(loss, state["trainable"], {}, batch, jax.random.key(0))
+    values = work.metrics(tokens, 0.5)
+    assert values["model_flops"] == pytest.approx(flops * tokens / 512)
+    assert values["utilisation"] == pytest.approx(flops * tokens / 512 / 0.5 / work.peak)

@@ -82,6 +82,7 @@ def test_the_command_line_records_its_overrides(tmp_path, capsys):
     for line in metrics:
         assert 0 <= line["data_wait_seconds"] <= line["seconds_per_step"]
         assert line["memory/host_peak_bytes"] > 1e8 and line["bad_examples"] == 0
+        assert line["model_flops"] > 1e6 and 0 < line["utilisation"] < 1
 
 
 @pytest.mark.parametrize("window", ["5", "7:5", "0:3", "a:b", "1:2:3"])

@@ -48,15 +48,15 @@ def curves(figure):
 def test_the_numbers_of_the_table(tmp_path):
     losses = [100.0, *[1.0] * 5, *[2.0] * 5]  # eleven: the mean of the last ten
     fast = [p | {"loss/text": 0.25, "tokens_per_second": t} for p, t in zip(points(losses), [1, *[1500.4] * 10])]
-    slow = points([3.0, 4.0], utilisation=0.4321, data_wait=0.0123)
+    slow = points([3.0, 4.0], utilisation=0.4321, data_wait_seconds=0.0123)
     report = {"naming_accuracy": 0.97, "drawing": {"copies": 3}, "seed": 1, "steps": 110, "judge": "svc"}
     first = write_run(tmp_path / "fast", fast, config(200), report)
     second = write_run(tmp_path / "slow", slow)
     assert cells(table(read_runs([first, second]))) == [
         {"run": "fast", "step": "110", "of": "200", "loss": "1.5", "loss/text": "0.25", "tokens/s": "1,500",
-         "utilisation": "-", "data wait": "-", "naming_accuracy": "0.97", "drawing.copies": "3"},
+         "utilisation": "-", "data wait (s)": "-", "naming_accuracy": "0.97", "drawing.copies": "3"},
         {"run": "slow", "step": "20", "of": "-", "loss": "4", "loss/text": "-", "tokens/s": "-",
-         "utilisation": "43.2%", "data wait": "0.0123", "naming_accuracy": "-", "drawing.copies": "-"},
+         "utilisation": "43.2%", "data wait (s)": "0.012", "naming_accuracy": "-", "drawing.copies": "-"},
     ]  # fmt: skip
 
 
