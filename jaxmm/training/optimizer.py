@@ -16,11 +16,16 @@ def make_schedule(c: ConfigDict, steps: int) -> optax.Schedule:
     """Linear warm-up to `learning_rate`, then to `final_learning_rate` at the last step.
 
     Raises:
-      InputError: for an unknown schedule.
+      InputError: for an unknown schedule, or a rate that is none.
     """
+    for name in ("learning_rate", "final_learning_rate"):
+        if not 0 <= c[name] < float("inf"):
+            raise InputError(f"config key 'optimizer.{name}' must be a number of at least 0, not {c[name]}")
     if c.schedule not in SCHEDULES:
         raise InputError(f"unknown schedule {c.schedule!r}{nearest(c.schedule, SCHEDULES)}")
     rest = max(steps - c.warmup_steps, 1)
+    if c.learning_rate == 0:
+        return optax.constant_schedule(0.0)
     if c.schedule == "cosine":
         after = optax.cosine_decay_schedule(c.learning_rate, rest, c.final_learning_rate / c.learning_rate)
     elif c.schedule == "linear":

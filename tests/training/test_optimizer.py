@@ -47,3 +47,13 @@ def test_first_update_is_adam_with_decay_only_where_it_belongs():
 def test_a_pattern_that_matches_nothing_is_refused():
     with pytest.raises(InputError, match="matches no trainable parameter"):
         make_optimizer(options(multipliers=(("nothing", 0.1),)), 10, ["a.kernel"])
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_a_rate_of_zero_moves_nothing_and_a_wrong_one_is_named(schedule):
+    zero = make_schedule(options(schedule=schedule, learning_rate=0.0), 110)
+    assert [float(zero(step)) for step in (0, 10, 109)] == [0, 0, 0]
+    with pytest.raises(InputError, match="optimizer.learning_rate.*-0.1"):
+        make_schedule(options(schedule=schedule, learning_rate=-0.1), 110)
+    with pytest.raises(InputError, match="optimizer.final_learning_rate.*nan"):
+        make_schedule(options(schedule=schedule, final_learning_rate=float("nan")), 110)
