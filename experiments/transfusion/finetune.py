@@ -12,8 +12,10 @@ no gradients and no optimizer state for the rest. Its checkpoints hold the adapt
 `jaxmm export` writes both as one model.
 
 Hardware: the digits run on a laptop. By arithmetic, not by trial: `:lora` of the 7B size holds 14 GB of frozen
-bfloat16 weights, and activations, which fit on one accelerator of 80 GB; the whole of it wants a host of eight. Rows of 1024 tokens hold about three pictures of 256 x 256
-pixels; small pictures want `--config.data.tokens` and `--config.data.images` of the experiment they were trained with.
+bfloat16 weights, and activations, which fit on one accelerator of 80 GB; the whole of it wants a host of eight.
+
+Rows of 1024 tokens hold about three pictures of 256 x 256 pixels. Small pictures want the `--config.data.tokens` and
+`--config.data.images` of the experiment that the checkpoint comes from.
 
 What to expect: with some hundred pictures, drawings take on their look within a few hundred steps. Train longer and
 they repeat the pictures: look at the samples (`--config.samples.prompts`, `--config.sample_every`) and stop early. All

@@ -35,9 +35,9 @@ def base_config(system: str, model: Any) -> ConfigDict:
         policy: number formats, see `Policy.named`.
         mesh: sizes of the mesh axes; one may be -1.
         codec: folder of the frozen autoencoder's weights, in diffusers' layout.
-        init: `checkpoint`, a folder whose parameters a fresh run begins with; `load`, regular expressions over the paths
-          of those that are taken, the others are drawn; `adopt`, take its sizes (`model`), tokenizer and options of
-          drawing (`samples.solver`) as well, instead of those that the experiment gives.
+        init: `checkpoint`, a folder whose parameters a fresh run begins with; `load`, regular expressions over the
+          paths of those that are taken, the others are drawn; `adopt`, take its sizes (`model`), tokenizer and options
+          of drawing (`samples.solver`) as well, instead of those that the experiment gives.
         lora: with a `rank`, nothing is trained but low-rank adapters of the matrices that `targets` match, scaled by
           `alpha` / rank, and the parameters that `train` matches, whole; what `optimizer.frozen` matches stays out.
         ema: decay of the averaged weights; 0 keeps none.

@@ -1,5 +1,7 @@
 """Low-rank adaptation: a network with adapters equals the network with the merged matrices."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -85,13 +87,22 @@ def close(ours, expected, path):
     assert error < 1e-4, f"{path}: {error:.1e}"
 
 
+@functools.cache
+def fresh():
+    return jax.jit(AdaptedBlueprint(SYSTEM.blueprint(tiny.CONFIG), LORA).init)(jax.random.key(0))
+
+
+def test_adapters_leave_the_other_draws_alone():
+    for path, value in jax.jit(SYSTEM.blueprint(tiny.CONFIG).init)(jax.random.key(0)).items():
+        assert np.array_equal(fresh()[path], value), path
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_fresh_adapters_change_nothing(dtype):
     base, batch = SYSTEM.blueprint(tiny.CONFIG), tiny.batch(rows=2)
     adapted = AdaptedBlueprint(base, LORA)
-    params = jax.jit(adapted.init)(jax.random.key(0))
+    params = fresh()
     plain = {path: params[path] for path in base.parameters}
-    assert all(np.array_equal(x, plain[path]) for path, x in jax.jit(base.init)(jax.random.key(0)).items())
 
     def logits(blueprint, params):
         return jax.jit(lambda p: blueprint.bind(p).loss(batch, jax.random.key(1), dtype)[1]["logits"])(params)
@@ -115,8 +126,7 @@ def test_adapters_are_described_and_drawn():
         BLOCK + "mlp.up.kernel.lora_b": ((2, 4, 64), ("layers", "rank", "mlp")),
     }
     assert adapted.size == adapted.base.size + sum(spec.size for spec in described.values())
-    params = jax.jit(adapted.init)(jax.random.key(0))
-    a = params[BLOCK + "out.kernel.lora_a"]
+    params, a = fresh(), fresh()[BLOCK + "out.kernel.lora_a"]
     assert np.std(a) == pytest.approx(1 / np.sqrt(32), rel=0.15)
     assert not np.array_equal(params[BLOCK + "query.kernel.lora_a"], params[BLOCK + "mlp.up.kernel.lora_a"])
     assert not np.any(params[BLOCK + "out.kernel.lora_b"])
