@@ -93,13 +93,16 @@ def save_arrays(folder: Path, arrays: Arrays) -> None:
         checkpointer.save(folder.absolute(), _to_disk(arrays), force=True)
 
 
-def restore_arrays(folder: Path, arrays: Arrays, *, as_saved: bool = False) -> dict[str, jax.Array]:
+def restore_arrays(
+    folder: Path, arrays: Arrays, *, as_saved: bool = False, partial: bool = False
+) -> dict[str, jax.Array]:
     """Restore what `save_arrays` saved, or one item of a step.
 
     Args:
       folder: of the arrays.
       arrays: {path: jax.ShapeDtypeStruct} with the shardings wanted.
       as_saved: take the number formats of the file instead of those of `arrays`.
+      partial: the folder may hold more arrays; they are not read.
 
     Raises:
       InputError: if the folder holds other arrays; every mismatch is listed.
@@ -108,9 +111,11 @@ def restore_arrays(folder: Path, arrays: Arrays, *, as_saved: bool = False) -> d
     if as_saved:
         formats = {path: saved[path].dtype if path in saved else x.dtype for path, x in wanted.items()}
         wanted = {p: jax.ShapeDtypeStruct(x.shape, formats[p], sharding=x.sharding) for p, x in wanted.items()}
-    _compare(folder, wanted, saved)
-    with ocp.StandardCheckpointer() as checkpointer:
-        return _from_disk(checkpointer.restore(folder.absolute(), wanted), arrays)
+    _compare(folder, wanted, {path: saved[path] for path in saved if path in wanted} if partial else saved)
+    restore_args = ocp.checkpoint_utils.construct_restore_args(wanted)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        args = ocp.args.PyTreeRestore(wanted, restore_args=restore_args, partial_restore=partial)
+        return _from_disk(checkpointer.restore(folder.absolute(), args=args), arrays)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -151,6 +156,11 @@ def read_description(folder: str | os.PathLike) -> dict[str, Any]:
     if version != FORMAT:
         raise InputError(f"{path} has format {version}; this version of jaxmm reads format {FORMAT}")
     return description
+
+
+def has_steps(folder: str | os.PathLike) -> bool:
+    """Whether a folder is a checkpoint with at least one complete step."""
+    return any(path.name.isdigit() for path in (Path(folder) / "checkpoints").glob("*"))
 
 
 def latest_step(folder: str | os.PathLike) -> Path:

@@ -57,6 +57,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_generate(verbs)
     _add_describe(verbs)
     _add_report(verbs)
+    _add_export(verbs)
     return parser
 
 
@@ -66,7 +67,7 @@ def train(options: argparse.Namespace) -> None:
     from jaxmm.training.loop import Trainer
     from jaxmm.training.record import Origin
 
-    config = load_config(options.config, options.overrides)
+    config = load_config(options.config, options.overrides, init=options.init, workdir=options.workdir)
     report = Trainer(config, Path(options.workdir), Origin(options.config, options.overrides)).run()
     if report:
         print(json.dumps(report, indent=2))
@@ -122,6 +123,13 @@ def report(options: argparse.Namespace) -> None:
     print(table(runs))
 
 
+def export(options: argparse.Namespace) -> None:
+    """Write a checkpoint as a folder of its own and print where it is."""
+    from jaxmm.convert import export
+
+    print(export(options.checkpoint, options.output, options.format))
+
+
 def _mesh():
     """All devices, where there are several."""
     import jax
@@ -141,6 +149,7 @@ def _add_train(verbs) -> None:
     )
     verb.add_argument("--config", required=True, metavar="FILE[:ARG]", help="experiments/<system>/<stage>.py[:size]")
     verb.add_argument("--workdir", required=True, help="folder for checkpoints, metrics, samples and the report")
+    verb.add_argument("--init", default="", metavar="CHECKPOINT", help="a workdir whose parameters a fresh run takes")
     verb.set_defaults(run=train)
 
 
@@ -192,6 +201,24 @@ def _add_report(verbs) -> None:
     )
     verb.add_argument("--smooth", type=int, default=1, metavar="N", help="draw means over N log points (default 1)")
     verb.set_defaults(run=report)
+
+
+def _add_export(verbs) -> None:
+    verb = verbs.add_parser(
+        "export",
+        help="write the weights of a checkpoint",
+        description="Write the weights of a checkpoint into a new folder: averaged where the run keeps averages, "
+        "adapters merged.",
+    )
+    verb.add_argument("--checkpoint", required=True, help="a workdir of `jaxmm train`; its latest step is taken")
+    verb.add_argument("--output", required=True, help="a folder that is not there yet, or empty")
+    verb.add_argument(
+        "--format",
+        default="official",
+        choices=("official", "jaxmm"),
+        help="safetensors under the official keys, or a checkpoint of jaxmm (default official)",
+    )
+    verb.set_defaults(run=export)
 
 
 if __name__ == "__main__":

@@ -6,10 +6,13 @@ In a path, the stack is the part called `layers`: `transformer.layers.mlp.up.ker
 `transformer.layers.0.mlp.up.kernel`, `transformer.layers.1...` in files.
 """
 
+import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
+
+from jaxmm.errors import InputError
 
 _STACK = re.compile(r"(?:^|(?<=\.))layers\.(?!\d)")
 _LAYER = re.compile(r"(?:^|(?<=\.))layers\.(\d+)\.")
@@ -18,6 +21,37 @@ _LAYER = re.compile(r"(?:^|(?<=\.))layers\.(\d+)\.")
 def matches(patterns: Sequence[str], path: str) -> bool:
     """Whether one of the regular expressions matches the whole path."""
     return any(re.fullmatch(pattern, path) for pattern in patterns)
+
+
+def select(patterns: Sequence[str], paths: Collection[str], what: str) -> list[str]:
+    """The paths that one of the regular expressions matches.
+
+    Args:
+      patterns: regular expressions over whole paths.
+      paths: in memory.
+      what: how an error calls a pattern.
+
+    Raises:
+      InputError: for a pattern that is no regular expression or matches nothing; it names the nearest path.
+    """
+    for pattern in patterns:
+        try:
+            found = any(re.fullmatch(pattern, path) for path in paths)
+        except re.error as error:
+            raise InputError(f"{what} {pattern!r} is no regular expression: {error}") from error
+        if not found:
+            raise InputError(f"{what} {pattern!r} matches nothing; the nearest path is {_nearest(pattern, paths)!r}")
+    return [path for path in paths if matches(patterns, path)]
+
+
+def _nearest(pattern: str, paths: Collection[str]) -> str:
+    """The path that has most of the letters of a pattern, in order."""
+    letters = re.sub(r"\.[*+]|[^\w.]", "", pattern)
+
+    def shared(path: str) -> int:
+        return sum(block.size for block in difflib.SequenceMatcher(None, letters, path).get_matching_blocks())
+
+    return max(sorted(paths), key=shared, default="")
 
 
 def unstack_layers(tree: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -32,6 +32,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "patch": (),
     "frequencies": (),
     "time": ("fsdp",),
+    "rank": (),
     "kernel": (),
     "channels_in": (),
     "channels_out": ("fsdp",),
@@ -45,11 +46,19 @@ RULES: dict[str, tuple[str, ...]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Parameter:
-    """What is known of one parameter before it has numbers: shape, dtype, one logical name per axis."""
+    """What is known of one parameter before it has numbers.
+
+    Attributes:
+      shape, dtype: of the array.
+      axes: one logical name per axis.
+      inputs: how many axes, after that of a stack, an affine layer sums over; 0 for what is no matrix of such a layer
+        (norms, biases, embeddings, convolutions). What has inputs can be adapted (`jaxmm.layers.lora`).
+    """
 
     shape: tuple[int, ...]
     dtype: np.dtype
     axes: tuple[str, ...]
+    inputs: int = 0
 
     def __post_init__(self):
         if len(self.shape) != len(self.axes):

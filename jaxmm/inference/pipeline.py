@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,14 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxmm.checkpoints import latest_step, read_description, restore_arrays
+from jaxmm.convert import Saved
+from jaxmm.convert.saved import place
 from jaxmm.data.images import fit, from_values, read_image
 from jaxmm.data.tokenizers import load_tokenizer
 from jaxmm.errors import InputError, nearest
-from jaxmm.layers.parameters import Params, Policy
-from jaxmm.models import System, get_system
-from jaxmm.paths import matches
-from jaxmm.sharding import parameter_shardings, rows_sharding
+from jaxmm.layers.lora import AdaptedBlueprint
+from jaxmm.layers.parameters import Blueprint, Params, Policy
+from jaxmm.models import System
+from jaxmm.sharding import rows_sharding
 from jaxmm.transformer import TokenSampler
 
 
@@ -34,6 +34,7 @@ class Pipeline:
       draw_options: defaults of the options of drawing.
       dtype: the format of activations.
       mesh: devices over which rows are shared; None is one device.
+      blueprint: of `params`; by default that of the system.
     """
 
     def __init__(
@@ -46,10 +47,11 @@ class Pipeline:
         draw_options: dict[str, Any] | None = None,
         dtype=jnp.float32,
         mesh: Mesh | None = None,
+        blueprint: Blueprint | AdaptedBlueprint | None = None,
     ):
         self.system, self.config, self.params, self.tokenizer, self.mesh = system, config, params, tokenizer, mesh
         self.layouts = system.layouts(config, tokenizer)
-        self._decoder = system.decoder(config, system.blueprint(config), dtype)
+        self._decoder = system.decoder(config, blueprint or system.blueprint(config), dtype)
         self._draw_options = draw_options or {}
 
     def generate(
@@ -208,7 +210,9 @@ class Pipeline:
 
 
 def load(path: str | os.PathLike, *, policy: str = "auto", mesh: Mesh | None = None) -> Pipeline:
-    """Load a checkpoint folder: a workdir of `jaxmm train`.
+    """Load a checkpoint folder: a workdir of `jaxmm train`, or what `jaxmm export --format jaxmm` writes.
+
+    The adapters of a LoRA run are merged into the parameters of its base.
 
     Args:
       path: the folder.
@@ -218,30 +222,18 @@ def load(path: str | os.PathLike, *, policy: str = "auto", mesh: Mesh | None = N
     Raises:
       InputError: if it is no checkpoint, or does not fit its own description.
     """
-    folder, description = Path(path), read_description(path)
-    system = get_system(description["system"])
-    config = system.config.from_dict(description["model"])
-    blueprint = system.blueprint(config)
+    saved = Saved.open(path)
     if policy == "auto":
         policy = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     formats = Policy.named(policy)
-    wanted = _targets(blueprint.parameters, mesh)
-    frozen = {p: x for p, x in wanted.items() if matches(description["frozen"], p)}
-    step = latest_step(folder)
-    item = step / "ema" if (step / "ema").exists() else step / "trainable"
-    params = restore_arrays(item, {p: x for p, x in wanted.items() if p not in frozen}, as_saved=True)
-    if frozen:
-        params |= restore_arrays(folder / "frozen", frozen, as_saved=True)
+    where = jax.sharding.SingleDeviceSharding(jax.devices()[0]) if mesh is None else mesh
+    params = saved.load(place(saved.blueprint.parameters, where))
     params = {p: x.astype(formats.params) for p, x in params.items()}
-    tokenizer = load_tokenizer(folder / "tokenizer")
-    options = description.get("draw_options", {})
-    return Pipeline(system, config, params, tokenizer, draw_options=options, dtype=formats.compute, mesh=mesh)
-
-
-def _targets(parameters: dict, mesh: Mesh | None) -> dict[str, jax.ShapeDtypeStruct]:
-    single = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    shardings = parameter_shardings(parameters, mesh) if mesh is not None else dict.fromkeys(parameters, single)
-    return {p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shardings[p]) for p, x in parameters.items()}
+    tokenizer = load_tokenizer(saved.folder / "tokenizer")
+    options = saved.description.get("draw_options", {})
+    return Pipeline(
+        saved.system, saved.config, params, tokenizer, draw_options=options, dtype=formats.compute, mesh=mesh
+    )
 
 
 def _grey(pixels: np.ndarray) -> np.ndarray:

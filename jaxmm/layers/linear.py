@@ -5,7 +5,27 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from jaxmm.layers.lora import LowRank
 from jaxmm.layers.parameters import Initializer, normal, param, zeros
+
+
+def contract(x: Float[Array, "*b inputs"], kernel: nnx.Param, dtype: jnp.dtype | None = None) -> Array:
+    """x kernel: the sum over the last axes of x and the leading axes of a kernel that are its inputs.
+
+    Every affine layer multiplies with it, so that any kernel can be a `LowRank`: x W + scale (x A) B, without the
+    product A B.
+
+    Args:
+      x: whose format the kernel is cast to.
+      kernel: made by `param` with `inputs` of at least 1.
+      dtype: the format of sums and result, by default that of x.
+    """
+    value, inputs = kernel.get_value(), kernel.get_metadata()["inputs"]
+    if not isinstance(value, LowRank):
+        return jnp.tensordot(x, value.astype(x.dtype), inputs, preferred_element_type=dtype)
+    base = jnp.tensordot(x, value.base.astype(x.dtype), inputs, preferred_element_type=dtype)
+    low = jnp.tensordot(x, value.a.astype(x.dtype), inputs)
+    return base + value.scale * jnp.tensordot(low, value.b.astype(x.dtype), 1, preferred_element_type=dtype)
 
 
 class Linear(nnx.Module):
@@ -26,11 +46,11 @@ class Linear(nnx.Module):
         init: Initializer = normal(),
         rngs: nnx.Rngs,
     ):
-        self.kernel = param(rngs, (inputs, outputs), axes, init)
+        self.kernel = param(rngs, (inputs, outputs), axes, init, inputs=1)
         self.bias = param(rngs, (outputs,), axes[1:], zeros) if bias else None
 
     def __call__(self, x: Float[Array, "*b inputs"]) -> Float[Array, "*b outputs"]:
-        y = x @ self.kernel[...].astype(x.dtype)
+        y = contract(x, self.kernel)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
@@ -38,20 +58,20 @@ class ToHeads(nnx.Module):
     """Projection to H heads of size K, without bias; `name` is the logical name of the axis of heads."""
 
     def __init__(self, width: int, heads: int, size: int, name: str, *, init: Initializer = normal(), rngs: nnx.Rngs):
-        self.kernel = param(rngs, (width, heads, size), ("embed", name, "head"), init)
+        self.kernel = param(rngs, (width, heads, size), ("embed", name, "head"), init, inputs=1)
 
     def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L H K"]:
-        return jnp.einsum("BLD,DHK->BLHK", x, self.kernel[...].astype(x.dtype))
+        return contract(x, self.kernel)
 
 
 class FromHeads(nnx.Module):
     """Projection of H heads of size K back to the width, without bias."""
 
     def __init__(self, heads: int, size: int, width: int, *, init: Initializer = normal(), rngs: nnx.Rngs):
-        self.kernel = param(rngs, (heads, size, width), ("heads", "head", "embed"), init)
+        self.kernel = param(rngs, (heads, size, width), ("heads", "head", "embed"), init, inputs=2)
 
     def __call__(self, x: Float[Array, "B L H K"]) -> Float[Array, "B L D"]:
-        return jnp.einsum("BLHK,HKD->BLD", x, self.kernel[...].astype(x.dtype))
+        return contract(x, self.kernel)
 
 
 class Embedding(nnx.Module):
@@ -71,10 +91,10 @@ class Head(nnx.Module):
     """Output matrix to the vocabulary, without bias; logits are float32."""
 
     def __init__(self, width: int, vocabulary: int, *, init: Initializer = normal(), rngs: nnx.Rngs):
-        self.kernel = param(rngs, (width, vocabulary), ("embed", "vocab"), init)
+        self.kernel = param(rngs, (width, vocabulary), ("embed", "vocab"), init, inputs=1)
 
     def __call__(self, x: Float[Array, "*b D"]) -> Float[Array, "*b V"]:
-        return jnp.matmul(x, self.kernel[...].astype(x.dtype), preferred_element_type=jnp.float32)
+        return contract(x, self.kernel, jnp.float32)
 
 
 def gather_rows(x: jax.Array, index: jax.Array) -> jax.Array:

@@ -27,9 +27,14 @@ def normal(stddev: float = 0.02) -> Initializer:
     return jax.nn.initializers.truncated_normal(stddev)
 
 
-def param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], init: Initializer) -> nnx.Param:
-    """Make a float32 parameter with one logical name per axis (the names of `jaxmm.sharding.RULES`)."""
-    return nnx.Param(init(rngs.params(), shape, jnp.float32), axes=axes)
+def param(
+    rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], init: Initializer, *, inputs: int = 0
+) -> nnx.Param:
+    """Make a float32 parameter with one logical name per axis (the names of `jaxmm.sharding.RULES`).
+
+    `inputs` is the number of leading axes over which `jaxmm.layers.linear.contract` sums; see `Parameter`.
+    """
+    return nnx.Param(init(rngs.params(), shape, jnp.float32), axes=axes, inputs=inputs)
 
 
 def stack(count: int, build: Callable[[nnx.Rngs], nnx.Module], rngs: nnx.Rngs) -> nnx.Module:
@@ -60,14 +65,12 @@ class Blueprint:
         return {_name(path): variable.get_value() for path, variable in nnx.to_flat_state(state)}
 
     def bind(self, params: Mapping[str, jax.Array]) -> nnx.Module:
-        """Return the network with these parameters.
+        """Return the network with these parameters; in place of a matrix there may be a `LowRank`.
 
         Raises:
           ValueError: if a path is missing or unknown.
         """
-        if params.keys() != self.parameters.keys():
-            missing, unknown = self.parameters.keys() - params.keys(), params.keys() - self.parameters.keys()
-            raise ValueError(f"parameters missing: {sorted(missing)}; unknown: {sorted(unknown)}")
+        check_paths(params, self.parameters)
         flat = [(path, variable.replace(params[_name(path)])) for path, variable in self._flat]
         return nnx.merge(self._graph, nnx.from_flat_state(flat))
 
@@ -75,6 +78,13 @@ class Blueprint:
     def size(self) -> int:
         """The number of parameters."""
         return sum(spec.size for spec in self.parameters.values())
+
+
+def check_paths(params: Mapping[str, object], known: Mapping[str, Parameter]) -> None:
+    """Raise ValueError if a path is missing or unknown."""
+    if params.keys() != known.keys():
+        missing, unknown = known.keys() - params.keys(), params.keys() - known.keys()
+        raise ValueError(f"parameters missing: {sorted(missing)}; unknown: {sorted(unknown)}")
 
 
 def subset(params: Mapping[str, jax.Array], prefix: str) -> Params:
@@ -114,7 +124,8 @@ def _name(path: tuple) -> str:
 
 def _describe(path: tuple, variable: nnx.Param) -> Parameter:
     value = variable.get_value()
-    axes = variable.get_metadata()["axes"]
+    metadata = variable.get_metadata()
+    axes = metadata["axes"]
     if "layers" in path:
         axes = ("layers", *axes)
-    return Parameter(tuple(value.shape), value.dtype, axes)
+    return Parameter(tuple(value.shape), value.dtype, axes, metadata["inputs"])

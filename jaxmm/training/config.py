@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import importlib.util
+import os
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
+from jaxmm.checkpoints import has_steps, read_description
 from jaxmm.errors import InputError, nearest
 from jaxmm.models import get_system
 
@@ -33,6 +35,11 @@ def base_config(system: str, model: Any) -> ConfigDict:
         policy: number formats, see `Policy.named`.
         mesh: sizes of the mesh axes; one may be -1.
         codec: folder of the frozen autoencoder's weights, in diffusers' layout.
+        init: `checkpoint`, a folder whose parameters a fresh run begins with; `load`, regular expressions over the
+          paths of those that are taken, the others are drawn; `adopt`, take its sizes (`model`), tokenizer and options
+          of drawing (`samples.solver`) as well, instead of those that the experiment gives.
+        lora: with a `rank`, nothing is trained but low-rank adapters of the matrices that `targets` match, scaled by
+          `alpha` / rank, and the parameters that `train` matches, whole; what `optimizer.frozen` matches stays out.
         ema: decay of the averaged weights; 0 keeps none.
         microbatches: turns in which the rows of a batch are read, to save memory.
         nonfinite: what to do with a step whose numbers are not finite: "stop", or "skip" it, at most
@@ -79,6 +86,8 @@ def base_config(system: str, model: Any) -> ConfigDict:
     config.steps, config.seed, config.policy = 1000, 0, "auto"
     config.mesh = ConfigDict(dict(data=1, fsdp=-1, tensor=1, context=1))
     config.codec, config.ema = "", 0.0
+    config.init = ConfigDict(dict(checkpoint="", load=(".*",), adopt=False))
+    config.lora = ConfigDict(dict(rank=0, alpha=16.0, targets=(), train=()))
     config.microbatches, config.nonfinite, config.nonfinite_in_a_row = 1, "stop", 10
     config.log_every, config.checkpoint_every, config.sample_every = 20, 1000, 0
     config.keep_last, config.keep_every, config.profile = 3, 0, ""
@@ -107,12 +116,16 @@ def model_config(config: ConfigDict) -> Any:
     return get_system(config.system).config.from_dict(config.model.to_dict())
 
 
-def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
+def load_config(
+    spec: str, overrides: Sequence[str] = (), *, init: str = "", workdir: str | os.PathLike | None = None
+) -> ConfigDict:
     """Load an experiment and apply overrides.
 
     Args:
       spec: "path.py" or "path.py:argument"; the file has `get_config(argument="")`.
       overrides: "a.b=value" each, typed by the value they replace.
+      init: the checkpoint that a fresh run begins with (`init.checkpoint`).
+      workdir: of the run. If it has a saved step, `init.adopt` adopts from it: the run goes on with what it has.
 
     Raises:
       InputError: for a missing or broken file, a wrong argument, an unknown key or an ill-typed value.
@@ -131,9 +144,30 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
     if not hasattr(module, "get_config"):
         raise InputError(f"{path} has no get_config(argument)")
     config = module.get_config(argument)
+    if init:
+        config.init.checkpoint = str(init)
+    first = [override for override in overrides if override.startswith("init.")]
+    for override in first:
+        apply_override(config, override)
+    if config.init.adopt:
+        _adopt(config, Path(workdir) if workdir and has_steps(workdir) else None)
     for override in overrides:
         apply_override(config, override)
     return config.lock()
+
+
+def _adopt(config: ConfigDict, run: Path | None) -> None:
+    """Take sizes, tokenizer and options of drawing of a run that goes on, or of the checkpoint it begins with."""
+    if run is None and not config.init.checkpoint:
+        raise InputError("this experiment goes on from a checkpoint: give --init CHECKPOINT, a workdir of jaxmm train")
+    folder = run or Path(config.init.checkpoint)
+    description = read_description(folder)
+    if description["system"] != config.system:
+        raise InputError(f"{folder} is a checkpoint of {description['system']!r}, the config is of {config.system!r}")
+    config.model = model_dict(get_system(config.system).config.from_dict(description["model"]))
+    config.tokenizer = str(folder / "tokenizer")
+    options = get_system(config.system).draw_options(**description.get("draw_options", {}))
+    config.samples.solver = model_dict(options)
 
 
 def apply_override(config: ConfigDict, override: str) -> None:

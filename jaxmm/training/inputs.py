@@ -43,12 +43,13 @@ def check_rows(rows: int, mesh: Mesh, microbatches: int) -> None:
 
 
 def make_batches(
-    config: ConfigDict, layouts: Layouts, place: Callable[[Batch], Batch], bad_file: Path | None = None
+    config: ConfigDict, model: Any, layouts: Layouts, place: Callable[[Batch], Batch], bad_file: Path | None = None
 ) -> tuple[grain.IterDataset, BadExamples]:
     """The Grain dataset of packed batches, and the account of the records that it leaves out.
 
     Args:
       config: of the run.
+      model: its sizes; pictures of a folder have its size and channels unless `data.options` gives others.
       layouts: of its system.
       place: puts the rows of this process on its devices; a thread does it ahead of the steps.
       bad_file: where bad records are named.
@@ -57,7 +58,8 @@ def make_batches(
     for name in ("tokens", "open_rows", "prefetch"):
         if data[name] < 1:
             raise InputError(f"config key 'data.{name}' must be at least 1, not {data[name]}")
-    source = make_source(data.source, data.options.to_dict())
+    sizes = dict(size=model.image_size, channels=model.pixel_channels) if data.source == "folder" else {}
+    source = make_source(data.source, {**sizes, **data.options.to_dict()})
     bad = BadExamples(bad_file, data.bad_share, len(source))
     budget = layouts.budget(data.tokens, data.images)
     documents = layout_dataset(source, fitting(layouts.train, budget), seed=config.seed)

@@ -17,10 +17,10 @@ from jaxmm.evaluation import get_benchmark
 from jaxmm.inference import Pipeline
 from jaxmm.layers.parameters import Policy
 from jaxmm.models import get_system
-from jaxmm.paths import matches
 from jaxmm.sequence import Batch
 from jaxmm.sharding import make_mesh, rows_sharding
 from jaxmm.training.config import model_config
+from jaxmm.training.finetune import Finetuning
 from jaxmm.training.flops import Work, matmul_seconds
 from jaxmm.training.inputs import check_rows, check_vocabulary, codec_weights, make_batches, make_tokenizer
 from jaxmm.training.metrics import Meter, MetricWriter, Progress, memory_use
@@ -50,14 +50,15 @@ class Trainer:
         self.system, self.model = get_system(config.system), model_config(config)
         self.policy, self.mesh = Policy.named(config.policy), make_mesh(**config.mesh)
         check_rows(config.data.rows, self.mesh, config.microbatches)
-        self.blueprint = self.system.blueprint(self.model)
+        self.finetuning = Finetuning(config, self.system.blueprint(self.model), workdir)
+        self.blueprint = self.finetuning.blueprint
         self.tokenizer = make_tokenizer(config)
         check_vocabulary(self.tokenizer, self.model)
         layouts = self.system.layouts(self.model, self.tokenizer, **config.recipe)
-        self.batches, self.bad = make_batches(config, layouts, self._place, workdir / "bad_examples.jsonl")
-        trainable = [path for path in self.blueprint.parameters if not matches(config.optimizer.frozen, path)]
-        optimizer = make_optimizer(config.optimizer, config.steps, trainable)
-        self.maker = StateMaker(self.blueprint, optimizer, config.optimizer.frozen, self.mesh, self.policy, config.ema)
+        self.batches, self.bad = make_batches(config, self.model, layouts, self._place, workdir / "bad_examples.jsonl")
+        optimizer = make_optimizer(config.optimizer, config.steps, self.finetuning.trainable)
+        frozen, borrowed = self.finetuning.frozen, self.finetuning.borrowed
+        self.maker = StateMaker(self.blueprint, optimizer, frozen, self.mesh, self.policy, config.ema, borrowed)
         weights = self.system.term_weights(self.model)
         self.loss = make_loss(self.blueprint, weights, self.policy)
         step = make_step(
@@ -88,14 +89,15 @@ class Trainer:
         description = {
             "system": self.config.system,
             "model": dataclasses.asdict(self.model),
-            "frozen": list(self.config.optimizer.frozen),
             "draw_options": self.config.samples.solver.to_dict(),
             "made_by": f"jaxmm {jaxmm.__version__} train",
-        }
+        } | self.finetuning.describe()
         if (self.workdir / "model.json").exists():
             old = read_description(self.workdir)
             if (old["system"], old["model"]) != (description["system"], _as_json(description["model"])):
                 raise InputError(f"{self.workdir} holds a run of another model; take another --workdir")
+            if self.finetuning.resumes and old.get("lora") != _as_json(description.get("lora")):
+                raise InputError(f"{self.workdir} holds a run with other adapters; take another --workdir")
         try:
             self.workdir.mkdir(parents=True, exist_ok=True)
             write_description(self.workdir, description, self.tokenizer)
@@ -106,8 +108,9 @@ class Trainer:
     def _start(self, checkpoints: Checkpoints, iterator: Any) -> State:
         latest = checkpoints.latest()
         if latest is not None:
-            return self.maker.restore(checkpoints, latest, iterator)
-        given = codec_weights(self.config.codec, self.model)
+            return self.maker.restore(checkpoints, latest, iterator, self.finetuning.load_borrowed)
+        given = self.finetuning.load(self.maker.targets(self.blueprint.parameters))
+        given |= codec_weights(self.config.codec, self.model)
         return self.maker.init(jax.random.fold_in(jax.random.key(self.config.seed), 0), given)
 
     def train_steps(self, state: State, iterator: Any, checkpoints: Checkpoints) -> State:
@@ -194,6 +197,7 @@ class Trainer:
                 draw_options=self.config.samples.solver.to_dict(),
                 dtype=self.policy.compute,
                 mesh=self.mesh if self.mesh.size > 1 else None,
+                blueprint=self.blueprint,
             )
         self._pipeline.params = weights_of(state)
         return self._pipeline

@@ -1,6 +1,6 @@
 """The train state {trainable, frozen, optimizer, ema, step}: a plain pytree, made where it belongs."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
@@ -14,6 +14,7 @@ from jaxmm.paths import matches
 from jaxmm.sharding import parameter_shardings, replicated
 
 State = dict[str, Any]
+Load = Callable[[dict[str, jax.ShapeDtypeStruct]], Params]
 
 
 class StateMaker:
@@ -22,36 +23,42 @@ class StateMaker:
     Args:
       blueprint: of the network.
       optimizer: of the trainable parameters.
-      frozen: regular expressions over the paths of those that are not trained.
+      frozen: regular expressions over the paths of those that are not trained; a path matches itself.
       mesh: where the state lives.
       policy: number formats.
       ema: decay of the averaged weights; 0 keeps none.
+      borrowed: paths of frozen parameters that another checkpoint holds; they are not saved.
     """
 
     def __init__(
         self,
         blueprint: Blueprint,
         optimizer: optax.GradientTransformation,
-        frozen: tuple[str, ...],
+        frozen: Collection[str],
         mesh: Mesh,
         policy: Policy,
         ema: float = 0.0,
+        borrowed: Collection[str] = (),
     ):
         self.blueprint, self.optimizer, self.mesh, self.policy, self.ema = blueprint, optimizer, mesh, policy, ema
         self.frozen = frozenset(path for path in blueprint.parameters if matches(frozen, path))
+        self.borrowed = self.frozen.intersection(borrowed)
         self._shardings = parameter_shardings(blueprint.parameters, mesh)
 
     def init(self, key: jax.Array, given: Mapping[str, jax.Array] | None = None) -> State:
         """Draw a fresh state; parameters in `given` take its values instead."""
-        shardings = jax.tree.map(lambda x: x.sharding, self.abstract())
-        state = jax.jit(self._draw, out_shardings=shardings)(key)
+        wanted = self.abstract()
+        parameters, placed = {**wanted["trainable"], **wanted["frozen"]}, {}
         for path, value in (given or {}).items():
-            part = "frozen" if path in self.frozen else "trainable"
-            old = state[part][path]
-            state[part][path] = jax.device_put(jnp.asarray(value, old.dtype), old.sharding)
-            if state["ema"] and path in state["ema"]:
-                state["ema"][path] = jnp.copy(state[part][path])
-        return state
+            spec = parameters[path]
+            placed[path] = jax.device_put(value.astype(spec.dtype), spec.sharding)
+        shardings = jax.tree.map(lambda x: x.sharding, wanted)
+        return jax.jit(self._draw, out_shardings=shardings, donate_argnums=1)(key, placed)
+
+    def targets(self, paths: Collection[str]) -> dict[str, jax.ShapeDtypeStruct]:
+        """The shapes and shardings of some parameters."""
+        wanted = self.abstract()
+        return {path: x for path, x in {**wanted["trainable"], **wanted["frozen"]}.items() if path in paths}
 
     def abstract(self) -> State:
         """The state as shapes with shardings."""
@@ -69,12 +76,19 @@ class StateMaker:
         items = {"trainable": state["trainable"], "optimizer": _flatten(state["optimizer"])}
         if state["ema"]:
             items["ema"] = state["ema"]
-        if state["frozen"] and not (checkpoints.folder / "frozen").exists():
-            save_arrays(checkpoints.folder / "frozen", state["frozen"])
+        frozen = {path: x for path, x in state["frozen"].items() if path not in self.borrowed}
+        if frozen and not (checkpoints.folder / "frozen").exists():
+            save_arrays(checkpoints.folder / "frozen", frozen)
         checkpoints.save(int(state["step"]), items, iterator)
 
-    def restore(self, checkpoints: Checkpoints, step: int, iterator: Any) -> State:
+    def restore(self, checkpoints: Checkpoints, step: int, iterator: Any, load_borrowed: Load | None = None) -> State:
         """Restore a step onto this mesh.
+
+        Args:
+          checkpoints: of the run.
+          step: one that was saved.
+          iterator: of the data; it takes up its saved state.
+          load_borrowed: {path: shape with sharding} -> the borrowed parameters, in any format.
 
         Raises:
           InputError: if the checkpoint is of another model, with every mismatch.
@@ -84,7 +98,11 @@ class StateMaker:
         if wanted["ema"]:
             items["ema"] = wanted["ema"]
         restored = checkpoints.restore(step, items, iterator)
-        frozen = restore_arrays(checkpoints.folder / "frozen", wanted["frozen"]) if wanted["frozen"] else {}
+        own = {path: x for path, x in wanted["frozen"].items() if path not in self.borrowed}
+        frozen = restore_arrays(checkpoints.folder / "frozen", own) if own else {}
+        if self.borrowed:
+            borrowed = load_borrowed({path: wanted["frozen"][path] for path in sorted(self.borrowed)})
+            frozen |= {path: x.astype(wanted["frozen"][path].dtype) for path, x in borrowed.items()}
         optimizer = jax.tree.unflatten(
             jax.tree.structure(wanted["optimizer"]), [restored["optimizer"][name] for name in items["optimizer"]]
         )
@@ -96,8 +114,8 @@ class StateMaker:
             "step": jax.device_put(jnp.int32(step), replicated(self.mesh)),
         }
 
-    def _draw(self, key: jax.Array) -> State:
-        params = self.blueprint.init(key)
+    def _draw(self, key: jax.Array, given: Params | None = None) -> State:
+        params = {**self.blueprint.init(key), **(given or {})}  # what is given is not drawn: the compiler drops it
         trainable = {path: x.astype(self.policy.params) for path, x in params.items() if path not in self.frozen}
         return {
             "trainable": trainable,

@@ -101,15 +101,14 @@ class Table:
 
     def write(self, params: Mapping[str, np.ndarray], carried: Mapping[str, np.ndarray] | None = None) -> dict:
         """Our parameters -> official tensors, the carried ones added."""
-        keys, flat = self.official_keys(), unstack_layers(params)
-        transforms = {path: self._row(path).transform for path in keys}
-        official = {
-            key: np.ascontiguousarray(transforms[path].write(np.asarray(flat[path]))) for path, key in keys.items()
-        }
+        flat = unstack_layers(params)
+        official = dict(self.write_one(path, flat[path]) for path in self.official_keys())
         return official | dict(carried or {})
 
-    def _row(self, path: str) -> Row:
-        return next(row for row in self.rows if _translate(row.ours, row.official, path) is not None)
+    def write_one(self, path: str, value: np.ndarray) -> tuple[str, np.ndarray]:
+        """One of our parameters, a single layer of a stack -> (official key, tensor)."""
+        row = next(row for row in self.rows if _translate(row.ours, row.official, path) is not None)
+        return _translate(row.ours, row.official, path), np.ascontiguousarray(row.transform.write(np.asarray(value)))
 
     def _target(self, row: Row, key: str) -> str | None:
         """Our path for an official key by this row; "" for a carried one; None where the row does not apply."""

@@ -192,11 +192,11 @@ class Tiny(nnx.Module):
 def test_blueprint_describes_every_parameter():
     blueprint = Blueprint(lambda rngs: Tiny(rngs=rngs))
     assert blueprint.parameters == {
-        "input.kernel": Parameter((3, 4), np.dtype(np.float32), ("patch", "embed")),
+        "input.kernel": Parameter((3, 4), np.dtype(np.float32), ("patch", "embed"), 1),
         "input.bias": Parameter((4,), np.dtype(np.float32), ("embed",)),
-        "layers.gate.kernel": Parameter((5, 4, 6), np.dtype(np.float32), ("layers", "embed", "mlp")),
-        "layers.up.kernel": Parameter((5, 4, 6), np.dtype(np.float32), ("layers", "embed", "mlp")),
-        "layers.down.kernel": Parameter((5, 6, 4), np.dtype(np.float32), ("layers", "mlp", "embed")),
+        "layers.gate.kernel": Parameter((5, 4, 6), np.dtype(np.float32), ("layers", "embed", "mlp"), 1),
+        "layers.up.kernel": Parameter((5, 4, 6), np.dtype(np.float32), ("layers", "embed", "mlp"), 1),
+        "layers.down.kernel": Parameter((5, 6, 4), np.dtype(np.float32), ("layers", "mlp", "embed"), 1),
         "scale": Parameter((4,), np.dtype(np.float32), ("norm",)),
     }
     assert blueprint.size == 3 * 4 + 4 + 3 * 5 * 24 + 4
