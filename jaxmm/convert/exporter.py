@@ -12,7 +12,6 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 from safetensors.numpy import save_file
 
-import jaxmm
 from jaxmm.checkpoints import FORMAT, Checkpoints, write_json
 from jaxmm.convert.saved import Saved, place
 from jaxmm.errors import InputError, nearest
@@ -58,7 +57,7 @@ def export(checkpoint: str | os.PathLike, output: str | os.PathLike, format: str
 
 def _describe(saved: Saved) -> dict[str, Any]:
     kept = {name: saved.description[name] for name in ("system", "model", "draw_options") if name in saved.description}
-    made = {"made_by": f"jaxmm {jaxmm.__version__} export", "exported": {"checkpoint": str(saved.folder.absolute())}}
+    made = {"made_by": "jaxmm export", "exported": {"checkpoint": str(saved.folder.absolute())}}
     made["exported"]["step"] = saved.step
     return {"format": FORMAT, **kept, "frozen": [], **made}
 

@@ -99,7 +99,7 @@ class Saved:
           InputError: if it is gone.
         """
         base = self.description["base"]
-        folder, step = self.folder / base["checkpoint"], base["step"]
+        folder, step = Path(os.path.normpath(self.folder / base["checkpoint"])), base["step"]
         try:
             return Saved.open(folder, step)
         except InputError as error:
