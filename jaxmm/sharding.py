@@ -143,3 +143,19 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     if mesh.empty or mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, partition(x.shape, axes, mesh))
+
+
+def constrain_rows(x: jax.Array) -> jax.Array:
+    """Pin an activation whose first axis counts rows, and whose other axes no mesh axis cuts."""
+    return constrain(x, "rows", *[None] * (x.ndim - 1))
+
+
+def gather(weight: jax.Array, *axes: str) -> jax.Array:
+    """Pin a weight as a layer uses it: whole along "fsdp", cut as it is stored along the other mesh axes."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape["fsdp"] == 1:
+        return weight
+    stored = partition(weight.shape, axes, mesh, move=True)
+    # first as it is stored: or else the compiler gathers what the weight was cast from
+    weight = jax.lax.with_sharding_constraint(weight, stored)
+    return jax.lax.with_sharding_constraint(weight, PartitionSpec(*(None if cut == "fsdp" else cut for cut in stored)))

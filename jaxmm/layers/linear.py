@@ -5,7 +5,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxmm.layers.parameters import Initializer, normal, param, zeros
+from jaxmm.layers.parameters import Initializer, normal, param, read, read_whole, zeros
+from jaxmm.sharding import constrain
 
 
 class Linear(nnx.Module):
@@ -30,8 +31,8 @@ class Linear(nnx.Module):
         self.bias = param(rngs, (outputs,), axes[1:], zeros) if bias else None
 
     def __call__(self, x: Float[Array, "*b inputs"]) -> Float[Array, "*b outputs"]:
-        y = x @ self.kernel[...].astype(x.dtype)
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+        y = x @ read(self.kernel, x.dtype)
+        return y if self.bias is None else y + read(self.bias, x.dtype)
 
 
 class ToHeads(nnx.Module):
@@ -41,7 +42,7 @@ class ToHeads(nnx.Module):
         self.kernel = param(rngs, (width, heads, size), ("embed", name, "head"), init)
 
     def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L H K"]:
-        return jnp.einsum("BLD,DHK->BLHK", x, self.kernel[...].astype(x.dtype))
+        return jnp.einsum("BLD,DHK->BLHK", x, read(self.kernel, x.dtype))
 
 
 class FromHeads(nnx.Module):
@@ -51,7 +52,7 @@ class FromHeads(nnx.Module):
         self.kernel = param(rngs, (heads, size, width), ("heads", "head", "embed"), init)
 
     def __call__(self, x: Float[Array, "B L H K"]) -> Float[Array, "B L D"]:
-        return jnp.einsum("BLHK,HKD->BLD", x, self.kernel[...].astype(x.dtype))
+        return jnp.einsum("BLHK,HKD->BLD", x, read(self.kernel, x.dtype))
 
 
 class Embedding(nnx.Module):
@@ -61,10 +62,13 @@ class Embedding(nnx.Module):
         self.table = param(rngs, (vocabulary, width), ("vocab", "embed"), init)
 
     def __call__(self, ids: Int[Array, "*b"], dtype: jnp.dtype = jnp.float32) -> Float[Array, "*b D"]:
-        return jnp.take(self.table[...].astype(dtype), ids, axis=0)
+        # the whole table, for a lookup in a table cut along its width would look up the ids of all devices
+        found = jnp.take(read_whole(self.table, dtype), ids, axis=0)
+        return constrain(found, "rows", *["length"] * (ids.ndim - 1), "width")
 
     def attend(self, x: Float[Array, "*b D"]) -> Float[Array, "*b V"]:
-        return jnp.einsum("...d,vd->...v", x, self.table[...].astype(x.dtype), preferred_element_type=jnp.float32)
+        table = read_whole(self.table, x.dtype)
+        return _logits(jnp.einsum("...d,vd->...v", x, table, preferred_element_type=jnp.float32))
 
 
 class Head(nnx.Module):
@@ -74,7 +78,11 @@ class Head(nnx.Module):
         self.kernel = param(rngs, (width, vocabulary), ("embed", "vocab"), init)
 
     def __call__(self, x: Float[Array, "*b D"]) -> Float[Array, "*b V"]:
-        return jnp.matmul(x, self.kernel[...].astype(x.dtype), preferred_element_type=jnp.float32)
+        return _logits(jnp.matmul(x, read_whole(self.kernel, x.dtype), preferred_element_type=jnp.float32))
+
+
+def _logits(x: Float[Array, "*b V"]) -> Float[Array, "*b V"]:
+    return constrain(x, "rows", *["length"] * (x.ndim - 2), "vocab")
 
 
 def gather_rows(x: jax.Array, index: jax.Array) -> jax.Array:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxmm.errors import InputError, nearest
-from jaxmm.sharding import Parameter
+from jaxmm.sharding import Parameter, gather
 
 Params = dict[str, jax.Array]
 Initializer = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
@@ -30,6 +30,19 @@ def normal(stddev: float = 0.02) -> Initializer:
 def param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], init: Initializer) -> nnx.Param:
     """Make a float32 parameter with one logical name per axis (the names of `jaxmm.sharding.RULES`)."""
     return nnx.Param(init(rngs.params(), shape, jnp.float32), axes=axes)
+
+
+def read(parameter: nnx.Param, dtype: jnp.dtype) -> jax.Array:
+    """The values in the format in which a layer computes. What is stored in fewer bytes is gathered before the cast."""
+    value = parameter[...]
+    if value.dtype.itemsize < jnp.dtype(dtype).itemsize:
+        value = gather(value, *parameter.get_metadata()["axes"])
+    return value.astype(dtype)
+
+
+def read_whole(parameter: nnx.Param, dtype: jnp.dtype) -> jax.Array:
+    """As `read`, gathered along "fsdp" once for all its uses, the backward pass included."""
+    return gather(parameter[...].astype(dtype), *parameter.get_metadata()["axes"])
 
 
 def stack(count: int, build: Callable[[nnx.Rngs], nnx.Module], rngs: nnx.Rngs) -> nnx.Module:
