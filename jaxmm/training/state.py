@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -48,14 +49,15 @@ class StateMaker:
         for path, value in (given or {}).items():
             part = "frozen" if path in self.frozen else "trainable"
             old = state[part][path]
-            state[part][path] = jax.device_put(jnp.asarray(value, old.dtype), old.sharding)
+            # from the host, so that each device receives its own part only
+            state[part][path] = jax.device_put(np.asarray(value).astype(old.dtype), old.sharding)
             if state["ema"] and path in state["ema"]:
                 state["ema"][path] = jnp.copy(state[part][path])
         return state
 
     def abstract(self) -> State:
         """The state as shapes with shardings."""
-        shapes = jax.eval_shape(self._draw, jax.random.key(0))
+        shapes = jax.eval_shape(lambda: self._draw(jax.random.key(0)))
 
         def place(path, leaf):
             names = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
