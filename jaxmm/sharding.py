@@ -7,6 +7,7 @@ the compiler must not guess.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 
@@ -95,7 +96,9 @@ def mesh_axes(logical: str) -> tuple[str, ...]:
     return RULES[logical]
 
 
-def partition(shape: tuple[int, ...], axes: tuple[str | None, ...], mesh: AnyMesh, *, move: bool = False) -> PartitionSpec:
+def partition(
+    shape: tuple[int, ...], axes: tuple[str | None, ...], mesh: AnyMesh, *, move: bool = False
+) -> PartitionSpec:
     """Return the partition of an array with these logical axes.
 
     A dimension is cut only if the mesh axes divide it, and a mesh axis cuts the first dimension that wants it. With
@@ -184,11 +187,26 @@ def constrain_rows(x: jax.Array) -> jax.Array:
 
 
 def gather(weight: jax.Array, *axes: str) -> jax.Array:
-    """Pin a weight as a layer uses it: whole along "fsdp", cut as it is stored along the other mesh axes."""
+    """Pin a weight as a layer uses it: whole along "fsdp", cut as it is stored along the other mesh axes.
+
+    Its gradient is pinned as the weight is stored, so that the devices need not each have the whole sum.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.shape["fsdp"] == 1:
         return weight
     stored = partition(weight.shape, axes, mesh, move=True)
+    return _gather(weight, stored)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gather(weight: jax.Array, stored: PartitionSpec) -> jax.Array:
     # first as it is stored: or else the compiler gathers what the weight was cast from
     weight = jax.lax.with_sharding_constraint(weight, stored)
     return jax.lax.with_sharding_constraint(weight, PartitionSpec(*(None if cut == "fsdp" else cut for cut in stored)))
+
+
+def _gather_backward(stored: PartitionSpec, _: None, gradient: jax.Array) -> tuple[jax.Array]:
+    return (jax.lax.with_sharding_constraint(gradient, stored),)
+
+
+_gather.defvjp(lambda weight, stored: (_gather(weight, stored), None), _gather_backward)

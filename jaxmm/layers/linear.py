@@ -62,8 +62,9 @@ class Embedding(nnx.Module):
         self.table = param(rngs, (vocabulary, width), ("vocab", "embed"), init)
 
     def __call__(self, ids: Int[Array, "*b"], dtype: jnp.dtype = jnp.float32) -> Float[Array, "*b D"]:
-        # the whole table, for a lookup in a table cut along its width would look up the ids of all devices
-        found = jnp.take(read_whole(self.table, dtype), ids, axis=0)
+        # the whole table, and its whole gradient: along a cut width each device would look up the ids of all of them
+        table = constrain(read_whole(self.table, dtype), "vocab", "width")
+        found = jnp.take(table, ids, axis=0)
         return constrain(found, "rows", *["length"] * (ids.ndim - 1), "width")
 
     def attend(self, x: Float[Array, "*b D"]) -> Float[Array, "*b V"]:
