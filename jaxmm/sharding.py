@@ -137,7 +137,7 @@ def parameter_shardings(parameters: Mapping[str, Parameter], mesh: AnyMesh) -> d
 
 
 def unsharded(parameters: Mapping[str, Parameter], mesh: AnyMesh) -> dict[str, int]:
-    """{path: size} of the parameters that every device holds whole, the largest first; none on a mesh that cuts none."""
+    """{path: size} of the parameters that every device holds whole, largest first; none if the mesh cuts none."""
     if mesh.shape["fsdp"] * mesh.shape["tensor"] == 1:
         return {}
     whole = [path for path, sharding in parameter_shardings(parameters, mesh).items() if not any(sharding.spec)]

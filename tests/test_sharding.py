@@ -1,3 +1,4 @@
+import functools
 import re
 
 import jax
@@ -171,12 +172,17 @@ def test_constrain_pins_an_activation():
     np.testing.assert_array_equal(y, 2 * x)
 
 
+@functools.cache
+def parameters_of(preset):
+    return SYSTEM.blueprint(PRESETS[preset]).parameters
+
+
 @pytest.mark.parametrize(
     "sizes", [dict(fsdp=8), dict(fsdp=64), dict(fsdp=256), dict(fsdp=64, tensor=4), dict(fsdp=16, tensor=4)], ids=str
 )
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_have_hardly_anything_unsharded(preset, sizes):
-    parameters, mesh = SYSTEM.blueprint(PRESETS[preset]).parameters, abstract_mesh(**sizes)
+    parameters, mesh = parameters_of(preset), abstract_mesh(**sizes)
     whole = unsharded(parameters, mesh)
     assert 0 < sum(whole.values()) <= 0.02 * sum(spec.size for spec in parameters.values())
     check_unsharded(parameters, mesh)

@@ -57,7 +57,8 @@ def test_layers_are_stacked_part_by_part():
 def test_given_weights_go_from_the_host_to_their_shards(monkeypatch):
     mesh = make_mesh(fsdp=8)
     maker = state_maker(tiny.config(codec=CODEC, latent_channels=5, image_size=(12, 12)), mesh)
-    path = "codec.encoder.conv_in.kernel"
+    path, zeros = "codec.encoder.conv_in.kernel", lambda spec: jax.numpy.zeros(spec.shape, spec.dtype)
+    monkeypatch.setattr(maker.blueprint, "init", lambda key: jax.tree.map(zeros, maker.blueprint.parameters))
     value = np.random.default_rng(0).normal(size=maker.blueprint.parameters[path].shape).astype(np.float32)
     put, seen = jax.device_put, []
     monkeypatch.setattr(jax, "device_put", lambda x, *a, **k: seen.append(x) or put(x, *a, **k))
