@@ -7,15 +7,17 @@ the compiler must not guess.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxmm.errors import InputError, nearest
 
+AnyMesh = Mesh | AbstractMesh
 MESH_AXES = ("data", "fsdp", "tensor", "context")
 
 # Logical axis -> mesh axes. A name that is missing here is an error.
@@ -87,6 +89,11 @@ def make_mesh(*, data: int = 1, fsdp: int = -1, tensor: int = 1, context: int = 
     return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 4, devices=devices)
 
 
+def abstract_mesh(*, data: int = 1, fsdp: int = 1, tensor: int = 1, context: int = 1) -> AbstractMesh:
+    """The mesh of these sizes without devices: enough for shapes and shardings."""
+    return AbstractMesh((data, fsdp, tensor, context), MESH_AXES, axis_types=(AxisType.Auto,) * 4)
+
+
 def mesh_axes(logical: str) -> tuple[str, ...]:
     """Return the mesh axes that cut a logical axis.
 
@@ -98,7 +105,9 @@ def mesh_axes(logical: str) -> tuple[str, ...]:
     return RULES[logical]
 
 
-def partition(shape: tuple[int, ...], axes: tuple[str | None, ...], mesh: Mesh, *, move: bool = False) -> PartitionSpec:
+def partition(
+    shape: tuple[int, ...], axes: tuple[str | None, ...], mesh: AnyMesh, *, move: bool = False
+) -> PartitionSpec:
     """Return the partition of an array with these logical axes.
 
     A dimension is cut only if the mesh axes divide it, and a mesh axis cuts the first dimension that wants it. With
@@ -128,12 +137,39 @@ def partition(shape: tuple[int, ...], axes: tuple[str | None, ...], mesh: Mesh, 
     return PartitionSpec(*(cut[0] if cut and len(cut) == 1 else cut for cut in cuts))
 
 
-def parameter_shardings(parameters: Mapping[str, Parameter], mesh: Mesh) -> dict[str, NamedSharding]:
+def parameter_shardings(parameters: Mapping[str, Parameter], mesh: AnyMesh) -> dict[str, NamedSharding]:
     """Return the sharding of each parameter on a mesh."""
     return {
         path: NamedSharding(mesh, partition(spec.shape, spec.axes, mesh, move=True))
         for path, spec in parameters.items()
     }
+
+
+def unsharded(parameters: Mapping[str, Parameter], mesh: AnyMesh) -> dict[str, int]:
+    """{path: size} of the parameters that every device holds whole, largest first; none if the mesh cuts none."""
+    if mesh.shape["fsdp"] * mesh.shape["tensor"] == 1:
+        return {}
+    whole = [path for path, sharding in parameter_shardings(parameters, mesh).items() if not any(sharding.spec)]
+    return {path: parameters[path].size for path in sorted(whole, key=lambda path: -parameters[path].size)}
+
+
+def describe_unsharded(parameters: Mapping[str, Parameter], mesh: AnyMesh, names: int = 3) -> str:
+    """One line: the share of all parameters that every device holds whole, and the largest of them by name."""
+    whole, total = unsharded(parameters, mesh), sum(spec.size for spec in parameters.values())
+    line = f"{sum(whole.values()) / total:.2%} of {total:,} parameters are on every device"
+    more = f" and {len(whole) - names} more" if len(whole) > names else ""
+    return line + (": " + ", ".join(list(whole)[:names]) + more if whole else "")
+
+
+def check_unsharded(parameters: Mapping[str, Parameter], mesh: AnyMesh, limit: float = 0.02) -> None:
+    """Raise InputError if every device would hold more than that share of the parameters whole."""
+    whole, total = unsharded(parameters, mesh), sum(spec.size for spec in parameters.values())
+    if sum(whole.values()) > limit * total:
+        sizes = {axis: size for axis, size in mesh.shape.items() if size > 1}
+        raise InputError(
+            f"mesh {sizes} divides too few sizes of this model: {describe_unsharded(parameters, mesh)}; "
+            f"at most {limit:.0%} may be (take a smaller fsdp or tensor, and more of data)"
+        )
 
 
 def rows_sharding(mesh: Mesh, rows: int) -> NamedSharding:
@@ -152,3 +188,34 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     if mesh.empty or mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, partition(x.shape, axes, mesh))
+
+
+def constrain_rows(x: jax.Array) -> jax.Array:
+    """Pin an activation whose first axis counts rows, and whose other axes no mesh axis cuts."""
+    return constrain(x, "rows", *[None] * (x.ndim - 1))
+
+
+def gather(weight: jax.Array, *axes: str) -> jax.Array:
+    """Pin a weight as a layer uses it: whole along "fsdp", cut as it is stored along the other mesh axes.
+
+    Its gradient is pinned as the weight is stored, so that the devices need not each have the whole sum.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape["fsdp"] == 1:
+        return weight
+    stored = partition(weight.shape, axes, mesh, move=True)
+    return _gather(weight, stored)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gather(weight: jax.Array, stored: PartitionSpec) -> jax.Array:
+    # first as it is stored: or else the compiler gathers what the weight was cast from
+    weight = jax.lax.with_sharding_constraint(weight, stored)
+    return jax.lax.with_sharding_constraint(weight, PartitionSpec(*(None if cut == "fsdp" else cut for cut in stored)))
+
+
+def _gather_backward(stored: PartitionSpec, _: None, gradient: jax.Array) -> tuple[jax.Array]:
+    return (jax.lax.with_sharding_constraint(gradient, stored),)
+
+
+_gather.defvjp(lambda weight, stored: (_gather(weight, stored), None), _gather_backward)

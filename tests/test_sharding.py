@@ -1,23 +1,30 @@
+import functools
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxmm.errors import InputError
+from jaxmm.models.transfusion import PRESETS, SYSTEM
 from jaxmm.sharding import (
     MESH_AXES,
     RULES,
     Parameter,
+    abstract_mesh,
+    check_unsharded,
     constrain,
+    describe_unsharded,
+    gather,
     make_mesh,
     mesh_axes,
     parameter_shardings,
     partition,
     replicated,
     rows_sharding,
+    unsharded,
 )
 
 P = PartitionSpec
@@ -163,3 +170,51 @@ def test_constrain_pins_an_activation():
         y = jax.jit(lambda x: constrain(2 * x, "rows", "length", "width"))(x)
     assert y.sharding.shard_shape(y.shape) == (2, 2, 16)
     np.testing.assert_array_equal(y, 2 * x)
+
+
+@functools.cache
+def parameters_of(preset):
+    return SYSTEM.blueprint(PRESETS[preset]).parameters
+
+
+@pytest.mark.parametrize(
+    "sizes", [dict(fsdp=8), dict(fsdp=64), dict(fsdp=256), dict(fsdp=64, tensor=4), dict(fsdp=16, tensor=4)], ids=str
+)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_have_hardly_anything_unsharded(preset, sizes):
+    parameters, mesh = parameters_of(preset), abstract_mesh(**sizes)
+    whole = unsharded(parameters, mesh)
+    assert 0 < sum(whole.values()) <= 0.02 * sum(spec.size for spec in parameters.values())
+    check_unsharded(parameters, mesh)
+
+
+def test_what_is_unsharded_is_told_by_name():
+    parameters = {
+        "kernel": Parameter((64, 96), np.float32, ("embed", "mlp")),
+        "odd": Parameter((5, 7), np.float32, ("embed", "mlp")),
+        "scale": Parameter((65,), np.float32, ("norm",)),
+        "tensor_only": Parameter((5, 8), np.float32, ("embed", "mlp")),
+    }
+    mesh = abstract_mesh(fsdp=4, tensor=8)
+    assert list(unsharded(parameters, mesh).items()) == [("scale", 65), ("odd", 35)]
+    assert describe_unsharded(parameters, mesh) == "1.59% of 6,284 parameters are on every device: scale, odd"
+    assert describe_unsharded(parameters, mesh, 1).endswith(": scale and 1 more")
+    check_unsharded(parameters, mesh)
+    with pytest.raises(InputError, match=r"mesh \{'fsdp': 4, 'tensor': 8\} .*1.59% of .*: scale, odd; at most 1% may"):
+        check_unsharded(parameters, mesh, 0.01)
+    for mesh in (abstract_mesh(data=8), abstract_mesh(context=2), abstract_mesh()):
+        assert unsharded(parameters, mesh) == {}
+        check_unsharded(parameters, mesh, 0.0)
+    assert describe_unsharded(parameters, abstract_mesh()) == "0.00% of 6,284 parameters are on every device"
+
+
+def test_gather_keeps_the_cuts_of_other_axes_and_scatters_the_gradient():
+    mesh = make_mesh(fsdp=4, tensor=2)
+    w = jax.device_put(np.arange(256.0, dtype=np.float32).reshape(16, 16), NamedSharding(mesh, P("fsdp", "tensor")))
+    with jax.set_mesh(mesh):
+        whole = jax.jit(lambda w: gather(w, "embed", "mlp"))(w)
+        gradient = jax.jit(jax.grad(lambda w: jnp.sum(gather(w, "embed", "mlp") ** 2)))(w)
+    assert whole.sharding.shard_shape(w.shape) == (16, 8) and gradient.sharding.shard_shape(w.shape) == (4, 8)
+    np.testing.assert_array_equal(whole, w)
+    np.testing.assert_array_equal(gradient, 2 * w)
+    assert gather(w, "embed", "mlp") is w  # without a mesh

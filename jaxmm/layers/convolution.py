@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 from jaxmm.attention import attend
 from jaxmm.layers.linear import Linear
 from jaxmm.layers.norms import GroupNorm
-from jaxmm.layers.parameters import Initializer, param, zeros
+from jaxmm.layers.parameters import Initializer, param, read, zeros
 from jaxmm.sequence import Intervals
 
 Padding = tuple[tuple[int, int], tuple[int, int]]
@@ -47,10 +47,10 @@ class Conv2D(nnx.Module):
         self.padding = ((kernel // 2, kernel // 2),) * 2 if padding is None else padding
 
     def __call__(self, x: Float[Array, "N H W C"]) -> Float[Array, "N h w c"]:
-        kernel = self.kernel[...].astype(x.dtype)
+        kernel = read(self.kernel, x.dtype)
         layout = ("NHWC", "HWIO", "NHWC")
         y = jax.lax.conv_general_dilated(x, kernel, self.strides, self.padding, dimension_numbers=layout)
-        return y + self.bias[...].astype(x.dtype)
+        return y + read(self.bias, x.dtype)
 
 
 def upsample(x: Float[Array, "N H W C"]) -> Float[Array, "N 2*H 2*W C"]:

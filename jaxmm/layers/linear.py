@@ -6,10 +6,13 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxmm.layers.lora import LowRank
-from jaxmm.layers.parameters import Initializer, normal, param, zeros
+from jaxmm.layers.parameters import Initializer, normal, param, read, read_whole, zeros
+from jaxmm.sharding import constrain
 
 
-def contract(x: Float[Array, "*b inputs"], kernel: nnx.Param, dtype: jnp.dtype | None = None) -> Array:
+def contract(
+    x: Float[Array, "*b inputs"], kernel: nnx.Param, dtype: jnp.dtype | None = None, *, whole: bool = False
+) -> Array:
     """x kernel: the sum over the last axes of x and the leading axes of a kernel that are its inputs.
 
     Every affine layer multiplies with it, so that any kernel can be a `LowRank`: x W + scale (x A) B, without the
@@ -19,11 +22,14 @@ def contract(x: Float[Array, "*b inputs"], kernel: nnx.Param, dtype: jnp.dtype |
       x: whose format the kernel is cast to.
       kernel: made by `param` with `inputs` of at least 1.
       dtype: the format of sums and result, by default that of x.
+      whole: gather the kernel along "fsdp" once for all its uses (`read_whole`).
     """
     value, inputs = kernel.get_value(), kernel.get_metadata()["inputs"]
-    if not isinstance(value, LowRank):
-        return jnp.tensordot(x, value.astype(x.dtype), inputs, preferred_element_type=dtype)
-    base = jnp.tensordot(x, value.base.astype(x.dtype), inputs, preferred_element_type=dtype)
+    adapted = isinstance(value, LowRank)
+    matrix = (read_whole if whole else read)(kernel, x.dtype, value.base if adapted else value)
+    base = jnp.tensordot(x, matrix, inputs, preferred_element_type=dtype)
+    if not adapted:
+        return base
     low = jnp.tensordot(x, value.a.astype(x.dtype), inputs)
     return base + value.scale * jnp.tensordot(low, value.b.astype(x.dtype), 1, preferred_element_type=dtype)
 
@@ -51,7 +57,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*b inputs"]) -> Float[Array, "*b outputs"]:
         y = contract(x, self.kernel)
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+        return y if self.bias is None else y + read(self.bias, x.dtype)
 
 
 class ToHeads(nnx.Module):
@@ -81,10 +87,14 @@ class Embedding(nnx.Module):
         self.table = param(rngs, (vocabulary, width), ("vocab", "embed"), init)
 
     def __call__(self, ids: Int[Array, "*b"], dtype: jnp.dtype = jnp.float32) -> Float[Array, "*b D"]:
-        return jnp.take(self.table[...].astype(dtype), ids, axis=0)
+        # the whole table, and its whole gradient: along a cut width each device would look up the ids of all of them
+        table = constrain(read_whole(self.table, dtype), "vocab", "width")
+        found = jnp.take(table, ids, axis=0)
+        return constrain(found, "rows", *["length"] * (ids.ndim - 1), "width")
 
     def attend(self, x: Float[Array, "*b D"]) -> Float[Array, "*b V"]:
-        return jnp.einsum("...d,vd->...v", x, self.table[...].astype(x.dtype), preferred_element_type=jnp.float32)
+        table = read_whole(self.table, x.dtype)
+        return _logits(jnp.einsum("...d,vd->...v", x, table, preferred_element_type=jnp.float32))
 
 
 class Head(nnx.Module):
@@ -94,7 +104,11 @@ class Head(nnx.Module):
         self.kernel = param(rngs, (width, vocabulary), ("embed", "vocab"), init, inputs=1)
 
     def __call__(self, x: Float[Array, "*b D"]) -> Float[Array, "*b V"]:
-        return contract(x, self.kernel, jnp.float32)
+        return _logits(contract(x, self.kernel, jnp.float32, whole=True))
+
+
+def _logits(x: Float[Array, "*b V"]) -> Float[Array, "*b V"]:
+    return constrain(x, "rows", *["length"] * (x.ndim - 2), "vocab")
 
 
 def gather_rows(x: jax.Array, index: jax.Array) -> jax.Array:

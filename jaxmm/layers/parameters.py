@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxmm.errors import InputError, nearest
-from jaxmm.sharding import Parameter
+from jaxmm.sharding import Parameter, gather
 
 Params = dict[str, jax.Array]
 Initializer = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
@@ -35,6 +35,23 @@ def param(
     `inputs` is the number of leading axes over which `jaxmm.layers.linear.contract` sums; see `Parameter`.
     """
     return nnx.Param(init(rngs.params(), shape, jnp.float32), axes=axes, inputs=inputs)
+
+
+def read(parameter: nnx.Param, dtype: jnp.dtype, value: jax.Array | None = None) -> jax.Array:
+    """The values in the format in which a layer computes. What is stored in fewer bytes is gathered before the cast.
+
+    `value` stands in for that of the parameter: the matrix under an adapter.
+    """
+    value = parameter.get_value() if value is None else value
+    if value.dtype.itemsize < jnp.dtype(dtype).itemsize:
+        value = gather(value, *parameter.get_metadata()["axes"])
+    return value.astype(dtype)
+
+
+def read_whole(parameter: nnx.Param, dtype: jnp.dtype, value: jax.Array | None = None) -> jax.Array:
+    """As `read`, gathered along "fsdp" once for all its uses, the backward pass included."""
+    value = parameter.get_value() if value is None else value
+    return gather(value.astype(dtype), *parameter.get_metadata()["axes"])
 
 
 def stack(count: int, build: Callable[[nnx.Rngs], nnx.Module], rngs: nnx.Rngs) -> nnx.Module:

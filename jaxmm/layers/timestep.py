@@ -7,6 +7,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxmm.layers.linear import Linear
+from jaxmm.sharding import constrain_rows
 
 
 def sinusoid(t: Float[Array, "*b"], features: int, max_period: float = 10000.0) -> Float[Array, "*b F"]:
@@ -35,5 +36,6 @@ class TimestepEmbedding(nnx.Module):
 
     def __call__(self, t: Float[Array, "*b"]) -> tuple[Float[Array, "*b E"], dict[str, Array]]:
         features = sinusoid(t, self.features, self.max_period)
-        embedding = self.output(jax.nn.silu(self.input(features)))
+        hidden = constrain_rows(jax.nn.silu(self.input(constrain_rows(features))))
+        embedding = constrain_rows(self.output(hidden))
         return embedding, {"time_sinusoid": features, "time_embed": embedding}

@@ -62,7 +62,7 @@ class StateMaker:
 
     def abstract(self) -> State:
         """The state as shapes with shardings."""
-        shapes = jax.eval_shape(self._draw, jax.random.key(0))
+        shapes = jax.eval_shape(lambda: self._draw(jax.random.key(0)))
 
         def place(path, leaf):
             names = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]

@@ -19,11 +19,17 @@ Step = Callable[[State, Batch, jax.Array], tuple[State, Metrics]]
 def make_loss(blueprint: Blueprint, weights: Mapping[str, float], policy: Policy):
     """(trainable, frozen, batch, key, counts=None) -> (total, {term: mean}).
 
-    Each term is its sum over its count: that of the batch, or the one in `counts`, {term: count}.
+    Each term is its sum over its count: that of the batch, or the one in `counts`, {term: count}. Matrices are cast to
+    the format of the policy where they are stored: what the devices send each other is in that format.
     """
+    matrices = {path for path, spec in blueprint.parameters.items() if len(set(spec.axes) - {"layers"}) > 1}
+
+    def bind(trainable: Params, frozen: Params):
+        cast = {path: x.astype(policy.compute) if path in matrices else x for path, x in trainable.items()}
+        return blueprint.bind({**cast, **frozen})
 
     def loss(trainable: Params, frozen: Params, batch: Batch, key: jax.Array, counts=None):
-        terms, _ = blueprint.bind({**trainable, **frozen}).loss(batch, key, policy.compute)
+        terms, _ = bind(trainable, frozen).loss(batch, key, policy.compute)
         means = {name: Mean(term.sum, counts[name] if counts else term.count).value() for name, term in terms.items()}
         return sum(weights[name] * mean for name, mean in means.items()), means
 

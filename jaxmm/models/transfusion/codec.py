@@ -6,6 +6,7 @@ from jaxtyping import Array, Float
 from jaxmm.layers.linear import Linear
 from jaxmm.layers.patches import patchify, unpatchify
 from jaxmm.models.transfusion.config import TransfusionConfig
+from jaxmm.sharding import constrain_rows
 
 
 class LinearPatchEncoder(nnx.Module):
@@ -23,8 +24,8 @@ class LinearPatchEncoder(nnx.Module):
     ) -> Float[Array, "B N P D"]:
         patches, time = patchify(latents, self.patch_size), time[:, :, None]
         if self.time_proj is not None:
-            return self.proj((patches + self.time_proj(time)).astype(dtype))
-        return self.proj(patches.astype(dtype)) + time.astype(dtype)
+            return constrain_rows(self.proj((patches + constrain_rows(self.time_proj(time))).astype(dtype)))
+        return constrain_rows(self.proj(patches.astype(dtype)) + time.astype(dtype))
 
 
 class LinearPatchDecoder(nnx.Module):
@@ -35,4 +36,4 @@ class LinearPatchDecoder(nnx.Module):
         self.proj = Linear(c.width, c.patch_size**2 * c.latent_channels, ("embed", "patch"), rngs=rngs)
 
     def __call__(self, hidden: Float[Array, "B N P D"], height: int, width: int) -> Float[Array, "B N H W C"]:
-        return unpatchify(self.proj(hidden).astype("float32"), self.patch_size, height, width)
+        return unpatchify(constrain_rows(self.proj(hidden)).astype("float32"), self.patch_size, height, width)
