@@ -32,7 +32,14 @@ EXTRAS = {
     "cuda": ["jax[cuda13]>=0.10.2"],
     "torch": ["torch>=2.6"],
     "tensorboard": ["tensorflow>=2.19", "tensorboard>=2.19"],
-    "test": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.130", "ruff>=0.12", "import-linter>=2.3"],
+    "test": [
+        "pytest>=8",
+        "pytest-xdist>=3.6",
+        "hypothesis>=6.130",
+        "ruff>=0.12",
+        "import-linter>=2.3",
+        "libtpu>=0.0.40; sys_platform == 'linux' and platform_machine == 'x86_64'",  # compiles for TPUs without one
+    ],
 }
 
 setup(

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from jaxmm.inference import Pipeline
 from jaxmm.layers.parameters import Policy
 from jaxmm.models import get_system
 from jaxmm.sequence import Batch
-from jaxmm.sharding import make_mesh, rows_sharding
+from jaxmm.sharding import check_unsharded, describe_unsharded, make_mesh, rows_sharding, unsharded
 from jaxmm.training.config import model_config
 from jaxmm.training.finetune import Finetuning
 from jaxmm.training.flops import Work, matmul_seconds
@@ -52,6 +53,7 @@ class Trainer:
         check_rows(config.data.rows, self.mesh, config.microbatches)
         self.finetuning = Finetuning(config, self.system.blueprint(self.model), workdir)
         self.blueprint = self.finetuning.blueprint
+        check_unsharded(self.blueprint.parameters, self.mesh)
         self.tokenizer = make_tokenizer(config)
         check_vocabulary(self.tokenizer, self.model)
         layouts = self.system.layouts(self.model, self.tokenizer, **config.recipe)
@@ -80,7 +82,7 @@ class Trainer:
             iterator = iter(self.batches)
             stack.callback(iterator.close)
             state = self._start(checkpoints, iterator)
-            record_start(self.workdir, config, self.origin, self.mesh, int(state["step"]))
+            self._record(int(state["step"]))
             state = self.train_steps(state, iterator, checkpoints)
         return self._report(state, time.perf_counter() - begin)
 
@@ -104,6 +106,13 @@ class Trainer:
             write_json(self.workdir / "config.json", self.config.to_dict())
         except OSError as error:
             raise InputError(f"cannot write to {self.workdir}: {error.strerror or error}") from error
+
+    def _record(self, step: int) -> None:
+        """Write what this start is made of; say what is not sharded."""
+        whole = unsharded(self.blueprint.parameters, self.mesh)
+        record_start(self.workdir, self.config, self.origin, self.mesh, step, whole)
+        if self.mesh.size > 1:
+            print(describe_unsharded(self.blueprint.parameters, self.mesh), file=sys.stderr)
 
     def _start(self, checkpoints: Checkpoints, iterator: Any) -> State:
         latest = checkpoints.latest()

@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,9 @@ class Origin:
     overrides: Sequence[str] = ()
 
 
-def record_start(workdir: Path, config: ConfigDict, origin: Origin, mesh: Mesh, step: int) -> None:
+def record_start(
+    workdir: Path, config: ConfigDict, origin: Origin, mesh: Mesh, step: int, unsharded: Mapping[str, int]
+) -> None:
     """Append a line to starts.jsonl.
 
     Args:
@@ -43,6 +45,7 @@ def record_start(workdir: Path, config: ConfigDict, origin: Origin, mesh: Mesh, 
       origin: its file and the overrides.
       mesh: the devices.
       step: the step that the run goes on from.
+      unsharded: {path: size} of the parameters that every device holds whole.
     """
     line = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -56,6 +59,7 @@ def record_start(workdir: Path, config: ConfigDict, origin: Origin, mesh: Mesh, 
         "platform": platform.platform(),
         "devices": {"kind": mesh.devices.flat[0].device_kind, "count": mesh.size, "processes": jax.process_count()},
         "mesh": dict(mesh.shape),
+        "unsharded": dict(unsharded),
         "git": git_states([Path(jaxmm.__file__).parent, Path(origin.config.partition(":")[0]).absolute().parent]),
     }
     with (workdir / "starts.jsonl").open("a") as file:

@@ -38,7 +38,7 @@ def test_a_line_per_start_with_everything_that_decides_the_run(tmp_path, checkou
     config = load_config(CONFIG, overrides)
     origin = Origin(f"{checkout}/sub/a.py:arg", overrides)
     for step in (0, 40):
-        record_start(tmp_path, config, origin, make_mesh(fsdp=4, tensor=2), step)
+        record_start(tmp_path, config, origin, make_mesh(fsdp=4, tensor=2), step, {"a.scale": 7})
     lines = [json.loads(line) for line in (tmp_path / "starts.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 40]
     line = lines[0]
@@ -46,7 +46,7 @@ def test_a_line_per_start_with_everything_that_decides_the_run(tmp_path, checkou
     assert line["config"]["seed"] == 5 and line["config"]["optimizer"]["learning_rate"] == 0.01
     assert line["packages"]["jax"] == jax.__version__ and {"flax", "optax", "jaxlib", "numpy"} <= set(line["packages"])
     assert line["mesh"] == {"data": 1, "fsdp": 4, "tensor": 2, "context": 1} and line["devices"]["count"] == 8
-    assert str(checkout) in line["git"]
+    assert str(checkout) in line["git"] and line["unsharded"] == {"a.scale": 7}
 
 
 def test_the_state_of_a_checkout(tmp_path, checkout):
