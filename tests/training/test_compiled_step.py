@@ -46,26 +46,30 @@ CONFIG = TransfusionConfig(
     remat="full",
 )
 BUDGET = Budget({"tokens": TOKENS}, {"12x12": (3, (12, 12, 3))})
-VECTOR = 1024  # biases, norms and scalars are smaller, matrices larger
 
 
 def matrices(config: TransfusionConfig, tensor: int = 1) -> tuple[Counter, Counter]:
     """How many matrices there are of each size: of one layer, and outside the stack without the codec's decoder.
 
-    Sizes are those of a device's part along "tensor", which cuts every layer's matrix.
+    Sizes are those of a device's part along "tensor", which cuts every layer's matrix. Smaller ones are left out.
     """
     layer, other = Counter(), Counter()
     for path, spec in SYSTEM.blueprint(config).parameters.items():
         size = spec.size // (spec.shape[0] if spec.axes[0] == "layers" else 1)
-        if size > VECTOR and spec.axes[0] == "layers":
+        if size > vector(config) and spec.axes[0] == "layers":
             layer[size // tensor] += 1
-        elif size > VECTOR and not path.startswith(("codec.decoder", "codec.post_quant_conv")):
+        elif size > vector(config) and not path.startswith(("codec.decoder", "codec.post_quant_conv")):
             other[size // tensor if "vocab" in spec.axes else size] += 1
     return layer, other
 
 
-def large(found: list[Collective], *kinds: str) -> list[Collective]:
-    return [x for x in found if x.kind in kinds and x.size > VECTOR]
+def vector(config: TransfusionConfig) -> int:
+    """Biases, norms and scalars are smaller, and so are the smallest convolutions."""
+    return 2 * config.width
+
+
+def large(found: list[Collective], *kinds: str, config: TransfusionConfig = CONFIG) -> list[Collective]:
+    return [x for x in found if x.kind in kinds and x.size > vector(config)]
 
 
 def check_gathers(found: list[Collective], config: TransfusionConfig, fsdp: int = 8, tensor: int = 1) -> None:
@@ -74,11 +78,11 @@ def check_gathers(found: list[Collective], config: TransfusionConfig, fsdp: int 
     A TPU also passes the parts of a weight, or of its gradient, round a ring while it multiplies with them.
     """
     layer, other = matrices(config, tensor)
-    gathers, rings = large(found, "all-gather"), large(found, "collective-permute")
+    gathers, rings = (large(found, kind, config=config) for kind in ("all-gather", "collective-permute"))
     strange = [str(x) for x in gathers if x.size not in (layer if x.in_loop else other)]
     strange += [str(x) for x in rings if x.in_loop and x.size * fsdp not in layer + other]
     assert not strange, f"gathered, but no weight: {strange}"
-    assert not large(found, "all-to-all")
+    assert not large(found, "all-to-all", config=config)
     assert {x.size for x in gathers if x.in_loop} | {x.size * fsdp for x in rings if x.in_loop} >= layer.keys()
 
 
@@ -162,8 +166,8 @@ def test_tpu_step_of_7b():
     compiled = lower_step(config, budget, rows, make_mesh(devices=tpu_devices("v5e:8x8"))).compile()
     found, memory = collectives(compiled.as_text()), compiled.memory_analysis()
     check_gathers(found, config, fsdp=64)
-    kinds = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all")
-    assert {x.dtype for x in found if x.kind in kinds and x.size > config.layers * config.width} == {"bf16"}
+    reduced = [x for x in large(found, "all-reduce", "reduce-scatter", config=config) if x.in_loop]
+    assert {x.dtype for x in [*large(found, "all-gather", config=config), *reduced]} == {"bf16"}
     layer, other = matrices(config)
     assert max(x.size for x in found) <= max(*layer, *other)
     used = memory.argument_size_in_bytes + memory.temp_size_in_bytes  # the results take the place of the arguments
@@ -179,4 +183,4 @@ def test_tpu_scatters_gradients_of_7b_sizes():
     found = collectives(compiled.as_text())
     check_gathers(found, config)
     check_gradients_are_scattered(found, config, 8, 1)
-    assert {x.dtype for x in large(found, "all-gather")} == {"bf16"}
+    assert {x.dtype for x in large(found, "all-gather", config=config)} == {"bf16"}
