@@ -199,6 +199,8 @@ def read_description(folder: str | os.PathLike) -> dict[str, Any]:
         raise InputError(f"{path} cannot be read: {error}") from error
     if version != FORMAT:
         raise InputError(f"{path} has format {version}; this version of jaxmm reads format {FORMAT}")
+    if missing := sorted({"system", "model"} - description.keys()):
+        raise InputError(f"{path} cannot be read: it does not say {' and '.join(missing)}")
     return description
 
 

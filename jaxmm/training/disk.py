@@ -56,7 +56,9 @@ def disk_errors(workdir: Path) -> Iterator[None]:
     except Exception as error:
         cause = _refusal(error, workdir)
         if cause is None:
-            raise
+            if isinstance(error, (InputError, RunError)) or str(workdir.absolute()) not in str(error):
+                raise
+            cause = _ask(workdir) or str(error).splitlines()[0][:200]
         steps = saved_steps(workdir)
         last = f"step {steps[-1]} is intact and the same command goes on from there" if steps else "no step is saved"
         raise RunError(f"cannot write to {workdir}: {cause}; {last}") from error
@@ -73,6 +75,19 @@ def _refusal(error: BaseException, workdir: Path) -> str | None:
             if not isinstance(error, OSError) and cause in str(error):
                 return cause
         error = error.__cause__ or error.__context__
+    return None
+
+
+def _ask(workdir: Path) -> str | None:
+    """What the disk says to another file, of 1 MiB; TensorStore may raise but a consequence of what it said before."""
+    path = workdir / f".probe.{os.getpid()}"
+    try:
+        path.write_bytes(bytes(2**20))
+    except OSError as error:
+        return error.strerror
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink()
     return None
 
 
