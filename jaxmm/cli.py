@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--config.{overrides[0].split('=')[0]}: only train takes overrides of its config")
     options.overrides = overrides
     keep_freed_memory()
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of files that our checkpoints do without
+    quiet_writers()
     try:
         options.run(options)
     except (InputError, RunError, Stopped) as error:
@@ -47,6 +47,23 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         for parameter, value in ((arenas, 1), (mmap_threshold, 2**30), (trim_threshold, 2**31 - 1)):
             mallopt(parameter, value)
+
+
+def quiet_writers() -> None:
+    """Let the threads that write checkpoints keep their errors to themselves.
+
+    Orbax and TensorStore raise them again at the next save or wait, and there they are told in one line; what the
+    threads print besides are warnings of files that our checkpoints do without, and tracebacks.
+    """
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    report = sys.unraisablehook
+
+    def filtered(unraisable) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":  # writes that ended after another one had failed
+            report(unraisable)
+
+    sys.unraisablehook = filtered
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -11,7 +11,7 @@ import jax
 from ml_collections import ConfigDict
 
 import jaxmm
-from jaxmm.checkpoints import Checkpoints, read_description, write_description, write_json
+from jaxmm.checkpoints import Checkpoints, read_description, remove_unfinished, write_description, write_json
 from jaxmm.data.images import grid, write_image
 from jaxmm.errors import InputError, Stopped
 from jaxmm.evaluation import get_benchmark
@@ -21,6 +21,7 @@ from jaxmm.models import get_system
 from jaxmm.sequence import Batch
 from jaxmm.sharding import check_unsharded, describe_unsharded, make_mesh, rows_sharding, unsharded
 from jaxmm.training.config import model_config
+from jaxmm.training.disk import disk_errors, only_run
 from jaxmm.training.finetune import Finetuning
 from jaxmm.training.flops import Work, matmul_seconds
 from jaxmm.training.inputs import check_rows, check_vocabulary, codec_weights, make_batches, make_tokenizer
@@ -72,19 +73,22 @@ class Trainer:
 
     def run(self) -> dict[str, Any]:
         """Train to the last step, then evaluate; return the report ({} without an evaluation)."""
-        begin = time.perf_counter()
-        self._describe_run()
-        config = self.config
+        begin, config = time.perf_counter(), self.config
         with contextlib.ExitStack() as stack:
+            stack.enter_context(only_run(self.workdir))
+            self._describe_run()
             checkpoints = Checkpoints(self.workdir, keep_last=config.keep_last, keep_every=config.keep_every or None)
             stack.callback(checkpoints.close)
             stack.enter_context(jax.set_mesh(self.mesh))
             iterator = iter(self.batches)
             stack.callback(iterator.close)
             state = self._start(checkpoints, iterator)
-            self._record(int(state["step"]))
-            state = self.train_steps(state, iterator, checkpoints)
-        return self._report(state, time.perf_counter() - begin)
+            with disk_errors(self.workdir):
+                self._record(int(state["step"]))
+                state = self.train_steps(state, iterator, checkpoints)
+                checkpoints.wait()
+        with disk_errors(self.workdir):
+            return self._report(state, time.perf_counter() - begin)
 
     def _describe_run(self) -> None:
         """Write what the checkpoint is; refuse a workdir that holds another model."""
@@ -101,7 +105,7 @@ class Trainer:
             if self.finetuning.resumes and old.get("lora") != _as_json(description.get("lora")):
                 raise InputError(f"{self.workdir} holds a run with other adapters; take another --workdir")
         try:
-            self.workdir.mkdir(parents=True, exist_ok=True)
+            remove_unfinished(self.workdir)
             write_description(self.workdir, description, self.tokenizer)
             write_json(self.workdir / "config.json", self.config.to_dict())
         except OSError as error:

@@ -14,6 +14,8 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from jaxmm.checkpoints import write_text
+
 
 class MetricWriter:
     """Writes WORKDIR/metrics.jsonl, one line per log step, and TensorBoard events beside it if that extra is installed.
@@ -132,8 +134,8 @@ class Progress:
 def _drop_after(path: Path, step: int) -> None:
     if not path.exists():
         return
-    kept = [line for line in path.read_text().splitlines() if _step(line) <= step]
-    path.write_text("".join(line + "\n" for line in kept))
+    kept = [line for line in path.read_text(errors="replace").splitlines() if _step(line) <= step]
+    write_text(path, "".join(line + "\n" for line in kept))
 
 
 def _step(line: str) -> float:
