@@ -29,6 +29,7 @@ from jaxmm.errors import InputError
 from jaxmm.paths import is_stacked, layer_path, unstack_layers
 
 FORMAT = 1
+PATIENCE = 10**8  # seconds: Orbax times its saves by the wall clock, which may jump by days while one is written
 Arrays = Mapping[str, Any]  # {path: array or jax.ShapeDtypeStruct}, stacks of layers as in memory
 _UNFINISHED = re.compile(r".+\.orbax-checkpoint-tmp.*|\..+\.\d+")  # Orbax's names, and those of `write_text`
 
@@ -47,7 +48,10 @@ class Checkpoints:
 
     def __init__(self, folder: str | os.PathLike, *, keep_last: int = 3, keep_every: int | None = None):
         self.folder = Path(folder).absolute()
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep_last, keep_period=keep_every, create=True)
+        patience = ocp.options.AsyncOptions(timeout_secs=PATIENCE)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep_last, keep_period=keep_every, create=True, async_options=patience
+        )
         try:
             self._manager = ocp.CheckpointManager(self.folder / "checkpoints", options=options)
         except OSError as error:
@@ -99,6 +103,10 @@ class Checkpoints:
             _refuse(folder, problems)
             restored = self._manager.restore(step, args=ocp.args.Composite(**args))
             return {name: _from_disk(restored[name], arrays) for name, arrays in items.items()}
+
+    def check(self) -> None:
+        """Raise what has gone wrong by now with a save that was begun."""
+        self._manager.check_for_errors()
 
     def wait(self) -> None:
         """Wait until what was begun is on disk; raises what went wrong."""

@@ -153,6 +153,7 @@ class Trainer:
                     values = self._values(metrics, step, meter, work)
                     writer.write(step, values)
                     progress.show(values)
+                    checkpoints.check()
                     meter.restart()
                 if _due(c.sample_every, step, c.steps) and c.samples.prompts:
                     with meter.timed("samples"):
