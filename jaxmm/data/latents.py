@@ -11,8 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import grain
-import jax.numpy as jnp
+import ml_dtypes  # noqa: F401 makes NumPy know bfloat16
 import numpy as np
 
 from jaxmm.errors import InputError, nearest
@@ -94,6 +93,8 @@ class LatentFolder:
     kind = "latents"
 
     def __init__(self, path: str):
+        from grain.sources import ArrayRecordDataSource
+
         folder = Path(path)
         manifest = read_manifest(folder)
         if manifest is None:
@@ -107,7 +108,7 @@ class LatentFolder:
             )
         self.folder, self.manifest = folder, manifest
         try:
-            self._records = grain.sources.ArrayRecordDataSource([str(file) for file in files])
+            self._records = ArrayRecordDataSource([str(file) for file in files])
             count = len(self._records)
         except Exception as error:  # what is wrong with a file shows as nearly anything
             raise InputError(f"{folder}: a shard is damaged: {' '.join(str(error).split())[:200]}") from error
@@ -148,7 +149,7 @@ def pack(document: Document, manifest: Manifest) -> bytes:
             segments.append({"text": segment.text, "role": segment.role, "alternatives": segment.alternatives})
         else:
             segments.append({"role": segment.role})
-            numbers.append(segment.moments.astype(jnp.dtype(manifest.dtype)).tobytes())
+            numbers.append(segment.moments.astype(np.dtype(manifest.dtype)).tobytes())
     header = json.dumps({"name": document.name, "segments": segments})
     return b"".join([header.encode(), b"\n", *numbers])
 
@@ -170,7 +171,7 @@ def unpack(record: bytes, manifest: Manifest) -> Document:
         raise InputError(content["error"])
     texts = [segment for segment in content["segments"] if "text" in segment]
     images = len(content["segments"]) - len(texts)
-    moments = np.frombuffer(numbers, jnp.dtype(manifest.dtype)).reshape(images, *manifest.shape).astype(np.float32)
+    moments = np.frombuffer(numbers, np.dtype(manifest.dtype)).reshape(images, *manifest.shape).astype(np.float32)
     unread = iter(moments)
     segments = tuple(
         Text(segment["text"], segment["role"], tuple(segment["alternatives"]))

@@ -4,6 +4,7 @@ Which source a document is of is a function of its number alone, so that a run c
 (a lane) has the shares to within one document at any time; a source that comes to its end begins anew.
 """
 
+import json
 import math
 import sys
 import zlib
@@ -32,7 +33,8 @@ class Interleave(grain.transforms.DatasetSelectionMap):
     """
 
     def __init__(self, names: Sequence[str], shares: Callable[[], Sequence[float]], lanes: int, key: Any = None):
-        self.names, self.lanes, self._measure, self._key = list(names), lanes, shares, key
+        self.names, self.lanes, self._measure = list(names), lanes, shares
+        self._key = json.loads(json.dumps(key))  # as it is saved
         self._parts: list[int] | None = None
 
     def __len__(self) -> int:

@@ -30,7 +30,8 @@ class TFDS:
       data_dir: the folder of all datasets; "" is TFDS' own ($TFDS_DATA_DIR or ~/tensorflow_datasets).
       image: path of the image's feature, with / into nested features; "" for none.
       text: path of the text's feature: a text, a class label (its name), or a list of either; "" for none.
-      template: a text with paths of features in braces, "a photo of a {label}", instead of `text`.
+      template: a text with paths of features in braces, "a photo of a {label}", instead of `text`; here they may also
+        be whole numbers.
       size: of the images, one number for squares or (height, width).
       channels: 1 (grey) or 3 (RGB).
 
@@ -67,7 +68,7 @@ class TFDS:
             raise InputError(f"template {template!r} of dataset {name}: {error}") from error
         if not image and not self._fields:
             raise InputError(f"dataset {self.name}: name a feature for the option image, text or template")
-        self._check()
+        self._check(bool(template))
 
     @property
     def kind(self) -> str:
@@ -92,7 +93,7 @@ class TFDS:
             segments.append(Image(fit(pixels, self.height, self.width)))
         return Document(tuple(segments), example=i, name=name)
 
-    def _check(self) -> None:
+    def _check(self, template: bool) -> None:
         for path in [*([self.image] if self.image else []), *self._fields]:
             if path not in self._kinds:
                 raise InputError(f"dataset {self.name} has no feature {path!r}{nearest(path, self._kinds)}")
@@ -102,7 +103,7 @@ class TFDS:
                 f"feature {self.image!r} of {self.name} is no image; images: {', '.join(images) or 'none'}"
             )
         for path in self._fields:
-            if not self._kinds[path].is_text:
+            if not (self._kinds[path].is_text or (template and self._kinds[path].is_number)):
                 raise InputError(f"feature {path!r} of {self.name} is neither a text nor a class label")
 
     def _texts(self, record: dict, name: str) -> list[str]:
@@ -132,9 +133,10 @@ class _Feature:
 
         self.is_image = isinstance(feature, tfds.features.Image) and not in_list
         self._names = feature.names if isinstance(feature, tfds.features.ClassLabel) else None
-        self.is_text = isinstance(feature, (tfds.features.Text, tfds.features.ClassLabel)) or (
-            isinstance(feature, tfds.features.Tensor) and np.dtype(feature.np_dtype).kind == "O" and not feature.shape
-        )
+        scalar = isinstance(feature, tfds.features.Tensor) and not feature.shape
+        kind = np.dtype(feature.np_dtype).kind if scalar else ""
+        self.is_text = isinstance(feature, (tfds.features.Text, tfds.features.ClassLabel)) or kind == "O"
+        self.is_number = kind in tuple("iu")
 
     def write(self, value: Any, name: str) -> str:
         """The text of one value: bytes, or the number of a class."""

@@ -15,7 +15,6 @@ from jaxmm.data.sources import source_options
 from jaxmm.errors import InputError, nearest
 from jaxmm.models import get_system
 
-
 # the options of the only source, and of one of a mixture
 _SOURCE_OPTIONS = re.compile(r"data\.(mixture\.[^.]+\.)?options")
 
