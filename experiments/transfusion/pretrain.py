@@ -74,7 +74,7 @@ def _run_local() -> ConfigDict:
     config.data.mixture = _mixture("digits", dict(split="train"), text=str(Path(__file__).with_name("counting.txt")))
     config.data.words = ("a", *DIGIT_NAMES)
     config.data.rows, config.data.tokens, config.data.images = 8, 88, 4
-    config.steps, config.checkpoint_every, config.optimizer.warmup_steps = 200, 100, 20
+    config.steps, config.checkpoint_every, config.optimizer.warmup_steps = 300, 100, 20
     config.samples.solver.steps = 25
     config.sample_every, config.samples.prompts = 100, tuple(f"a {name}" for name in DIGIT_NAMES)
     return config

@@ -62,25 +62,37 @@ def of_cache(config, cache):
     return config
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_encoder():
+    """All tests have the same codec and size: it is compiled once."""
+    with pytest.MonkeyPatch.context() as patch:
+        made, whole = [], encode.Encoder
+        patch.setattr(encode, "Encoder", lambda *a: made[0] if made else made.append(whole(*a)) or made[0])
+        yield
+
+
 @pytest.fixture(scope="module")
 def cache(folders, tmp_path_factory):
     folder = tmp_path_factory.mktemp("cache") / "latents"
     manifest = encode_source(make_config(folders), folder, EncodeOptions(dtype="float32", shard_size=4, batch_size=1))
-    assert (manifest.records, manifest.shards, manifest.shape) == (10, 3, (8, 8, 16))
+    assert (manifest.records, manifest.shards, manifest.shape) == (10, 3, (4, 4, 16))
     return folder
 
 
-def losses(config, workdir):
-    """Batch, loss terms and gradient of the first batch, at fixed parameters."""
+def first_batch(config, workdir):
+    """The trainer, and its first batch on the host."""
+    workdir.mkdir()
     trainer = Trainer(config, workdir)
-    batch = next(iter(trainer.batches))
+    return trainer, jax.device_get(next(iter(trainer.batches)))
+
+
+def losses(config, workdir):
+    """The first batch, and its losses at fixed parameters, on one device."""
+    trainer, batch = first_batch(config, workdir)
     given = codec_weights(config.codec, trainer.model)
     params = jax.jit(trainer.blueprint.init)(jax.random.key(0)) | given
 
-    def loss(params):
-        return trainer.blueprint.bind(params).loss(batch, jax.random.key(5))[0]
-
-    terms = jax.jit(loss)(params)
+    terms = jax.jit(lambda params: trainer.blueprint.bind(params).loss(batch, jax.random.key(5))[0])(params)
     return batch, {name: float(term.sum / term.count) for name, term in terms.items()}
 
 
@@ -88,11 +100,11 @@ def test_losses_are_those_of_the_pixels(folders, cache, tmp_path):
     """The same rows, noise and posterior samples: the same losses, without the encoder."""
     batch, inside = losses(make_config(folders), tmp_path / "a")
     cached_batch, cached = losses(of_cache(make_config(folders), cache), tmp_path / "b")
-    assert set(batch.images) == {"32x32"} and set(cached_batch.images) == {"8x8x16"}
+    assert set(batch.images) == {"32x32"} and set(cached_batch.images) == {"4x4x16"}
     jax.tree.map(np.testing.assert_array_equal, batch.streams, cached_batch.streams)
     for field in ("slot", "example", "noise_limit", "weight"):
         np.testing.assert_array_equal(
-            getattr(batch.images["32x32"], field), getattr(cached_batch.images["8x8x16"], field)
+            getattr(batch.images["32x32"], field), getattr(cached_batch.images["4x4x16"], field)
         )
     assert set(inside) == set(cached) == {"text", "image"}
     for name in inside:
@@ -105,13 +117,12 @@ def test_records_are_the_posteriors_of_the_documents(folders, cache):
 
     config = make_config(folders)
     source, cached, model = make_sources(config)[""], LatentFolder(str(cache)), model_config(config)
-    codec = Blueprint(lambda rngs: KLAutoencoder(model.codec, rngs=rngs)).bind(
-        subset(codec_weights(config.codec, model), "codec.")
-    )
+    codec, weights = Blueprint(lambda rngs: KLAutoencoder(model.codec, rngs=rngs)), codec_weights(config.codec, model)
+    moments = jax.jit(lambda pixels: codec.bind(subset(weights, "codec.")).moments(pixels)[0])
     assert len(cached) == len(source) == 10
     for i in (0, 5, 9):
         document, pixels = cached[i], source[i].segments[1].pixels
-        (mean, logvar), _ = codec.moments(pixels[None].astype(np.float32) / 127.5 - 1.0)
+        mean, logvar = moments(pixels[None].astype(np.float32) / 127.5 - 1.0)
         text, latents = document.segments
         assert text == source[i].segments[0] and (document.example, document.name) == (i, source[i].name)
         np.testing.assert_allclose(latents.moments[..., :8], mean[0], atol=2e-5)
@@ -204,10 +215,10 @@ def test_latents_of_another_codec_are_refused(folders, cache, tmp_path):
     config.codec = ""
     with pytest.raises(InputError, match="cached latents belong to a codec: name its folder, --config.codec=FOLDER"):
         make_sources(config)
-    config = of_cache(make_config(folders), cache)
-    config.model.image_size = (64, 32)
+    source = LatentFolder(str(cache))
+    source.check(source.manifest.codec, [32, 32])
     with pytest.raises(InputError, match="of images of .32, 32. pixels, not .64, 32."):
-        make_sources(config)
+        source.check(source.manifest.codec, (64, 32))
 
 
 def test_without_a_codec_a_cache_is_pointless(tmp_path):
@@ -251,15 +262,18 @@ def test_damaged_folders(cache, tmp_path):
 
 
 def test_a_mixture_of_pixels_latents_and_text(folders, cache, tmp_path):
-    """One batch holds both buckets; the step takes all of it."""
+    """One batch holds both buckets, and the loss takes all of it."""
     config = make_config(folders)
     (tmp_path / "text.txt").write_text("w1 w2 w3 w4\nw5 w6\n" + "w0 " * 60)
     part = lambda source, **options: dict(source=source, options=options, weight=1.0)  # noqa: E731
     pixels = part("folder", **config.data.options.to_dict())
     text = part("text", path=str(tmp_path / "text.txt"))
     config.data.mixture = ConfigDict(dict(pixels=pixels, cached=part("latents", path=str(cache)), text=text))
-    batch, terms = losses(config, tmp_path / "run")
-    assert set(batch.images) == {"32x32", "8x8x16"} and all(np.isfinite(x) for x in terms.values())
+    trainer, batch = first_batch(config, tmp_path / "run")
+    assert set(batch.images) == {"32x32", "4x4x16"}
+    params = jax.eval_shape(trainer.blueprint.init, jax.random.key(0))
+    notes = jax.eval_shape(lambda p: trainer.blueprint.bind(p).loss(batch, jax.random.key(5))[1], params)
+    assert notes["target/32x32"].shape == notes["target/4x4x16"].shape == (8, 3, 4, 4, 8)
     assert all((images.slot >= 0).any() for images in batch.images.values())
     with pytest.raises(InputError, match="which source of the mixture.*known: cached, pixels, text"):
         encode_source(config, tmp_path / "out")
