@@ -98,7 +98,7 @@ class TFDS:
             if path not in self._kinds:
                 raise InputError(f"dataset {self.name} has no feature {path!r}{nearest(path, self._kinds)}")
         if self.image and not self._kinds[self.image].is_image:
-            images = [path for path, feature in self._kinds.items() if feature.is_image]
+            images = sorted(path for path, feature in self._kinds.items() if feature.is_image)
             raise InputError(
                 f"feature {self.image!r} of {self.name} is no image; images: {', '.join(images) or 'none'}"
             )

@@ -20,7 +20,7 @@ from jaxmm.layers.parameters import Blueprint, subset
 from jaxmm.models.transfusion import TransfusionConfig
 from jaxmm.sequence import Document, Latents, Text
 from jaxmm.training import encode
-from jaxmm.training.config import base_config, model_config
+from jaxmm.training.config import base_config, load_config, model_config
 from jaxmm.training.encode import EncodeOptions, encode_source
 from jaxmm.training.inputs import codec_weights, make_sources
 from jaxmm.training.loop import Trainer
@@ -225,8 +225,6 @@ def test_latents_of_another_codec_are_refused(folders, cache, tmp_path):
 
 
 def test_without_a_codec_a_cache_is_pointless(tmp_path):
-    from jaxmm.training.config import load_config
-
     config = load_config("experiments/digits/transfusion.py")
     with pytest.raises(InputError, match="a cache of them is pointless"):
         encode_source(config, tmp_path / "latents")
@@ -288,6 +286,24 @@ def test_wrong_options():
         EncodeOptions(dtype="float61")
     with pytest.raises(InputError, match="shard_size must be at least 1"):
         EncodeOptions(shard_size=0)
+
+
+def test_the_verb_writes_what_training_reads(folders, tmp_path, capsys):
+    experiment = tmp_path / "experiment.py"
+    experiment.write_text(
+        "from pathlib import Path\nfrom tests.training.test_encode import make_config\n"
+        f"def get_config(arg=''):\n    return make_config((Path({str(folders[0])!r}), Path({str(folders[1])!r})))\n"
+    )
+    output = tmp_path / "latents"
+    arguments = ["encode", "--config", str(experiment), "--output", str(output), "--shard-size", "7"]
+    assert main([*arguments, "--batch-size", "1", "--config.data.bad_share=0.1"]) == 0
+    assert capsys.readouterr().out == f"{output}: 10 documents in 2 shards\n"
+    assert LatentFolder(str(output)).manifest.dtype == "float16"
+    overrides = ["data.source=latents", f"data.options.path={output}"]
+    config = load_config(str(experiment), overrides)
+    assert config.data.options.to_dict() == {"path": str(output)}
+    source = make_sources(config)[""]
+    assert source[9].segments[0].text == "w9" and source[9].segments[1].moments.shape == (8, 8, 8)
 
 
 def test_the_verb_says_what_is_wrong(tmp_path, capsys):
