@@ -15,6 +15,7 @@ REQUIRED = [
     "orbax-checkpoint>=0.12.8",
     "grain>=0.2.18",
     "tensorflow-datasets>=4.9.10",
+    "array_record>=0.8.1",
     "transformers>=5.0",
     "tokenizers>=0.22",
     "ml_collections>=1.1",

@@ -21,8 +21,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     overrides = [a.removeprefix("--config.") for a in arguments if a.startswith("--config.")]
     parser = make_parser()
     options = parser.parse_args([a for a in arguments if not a.startswith("--config.")])
-    if overrides and options.verb != "train":
-        parser.error(f"--config.{overrides[0].split('=')[0]}: only train takes overrides of its config")
+    if overrides and not hasattr(options, "config"):
+        parser.error(f"--config.{overrides[0].split('=')[0]}: {options.verb} has no config to override")
     options.overrides = overrides
     keep_freed_memory()
     quiet_writers()
@@ -71,6 +71,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="jaxmm", description="Unified multimodal models in JAX.")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     _add_train(verbs)
+    _add_encode(verbs)
     _add_generate(verbs)
     _add_describe(verbs)
     _add_report(verbs)
@@ -88,6 +89,17 @@ def train(options: argparse.Namespace) -> None:
     report = Trainer(config, Path(options.workdir), Origin(options.config, options.overrides)).run()
     if report:
         print(json.dumps(report, indent=2))
+
+
+def encode(options: argparse.Namespace) -> None:
+    """Write the latents of an experiment's images."""
+    from jaxmm.training.config import load_config
+    from jaxmm.training.encode import EncodeOptions, encode_source
+
+    config = load_config(options.config, options.overrides)
+    how = EncodeOptions(options.source, options.dtype, options.shard_size, options.batch_size)
+    manifest = encode_source(config, Path(options.output), how)
+    print(f"{options.output}: {manifest.records} documents in {manifest.shards} shards")
 
 
 def generate(options: argparse.Namespace) -> None:
@@ -168,6 +180,23 @@ def _add_train(verbs) -> None:
     verb.add_argument("--workdir", required=True, help="folder for checkpoints, metrics, samples and the report")
     verb.add_argument("--init", default="", metavar="CHECKPOINT", help="a workdir whose parameters a fresh run takes")
     verb.set_defaults(run=train)
+
+
+def _add_encode(verbs) -> None:
+    verb = verbs.add_parser(
+        "encode",
+        help="write the latents of an experiment's images, to train from",
+        description="Run the frozen codec of an experiment over its images once, on all devices. The same command goes "
+        "on where it was stopped. Train from the result with --config.data.source=latents "
+        "--config.data.options.path=FOLDER.",
+    )
+    verb.add_argument("--config", required=True, metavar="FILE[:ARG]", help="the experiment, with its codec and source")
+    verb.add_argument("--output", required=True, help="folder for the shards and their manifest")
+    verb.add_argument("--source", default="", help="of a mixture: which source to encode")
+    verb.add_argument("--dtype", default="float16", help="float16 (default), bfloat16 or float32")
+    verb.add_argument("--shard-size", type=int, default=4096, help="documents of a shard (default 4096)")
+    verb.add_argument("--batch-size", type=int, default=16, help="images that each device encodes at once (default 16)")
+    verb.set_defaults(run=encode)
 
 
 def _add_generate(verbs) -> None:

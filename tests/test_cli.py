@@ -89,8 +89,8 @@ def test_mistakes_in_training(run, tmp_path, capsys):
     captions = tmp_path / "captions.jsonl"
     captions.write_text('{"image": "a.png", "caption": "a"}\n{"image": \n')
     Image.new("L", (8, 8)).save(tmp_path / "a.png")
-    line = refused(capsys, *train, "experiments/transfusion/pretrain.py:7b", f"--config.data.options.path={tmp_path}",
-                   "--config.tokenizer=words", "--config.data.words=('a',)")  # fmt: skip
+    pretrain = ["experiments/transfusion/pretrain.py:7b", f"--config.data.mixture.images.options.path={tmp_path}"]
+    line = refused(capsys, *train, *pretrain, "--config.tokenizer=words", "--config.data.words=('a',)")
     assert "captions.jsonl:2" in line
     (tmp_path / "file").write_text("")
     line = refused(capsys, "train", "--config", CONFIG, "--workdir", tmp_path / "file" / "run")

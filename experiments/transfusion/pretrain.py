@@ -1,19 +1,22 @@
 """Transfusion pre-training, the paper's recipe (arXiv 2408.11039, sections 3 and 4).
 
     jaxmm train --config experiments/transfusion/pretrain.py:7b --workdir /runs/transfusion-7b \
-        --config.data.options.path=/data/captioned --config.codec=/data/vae --config.tokenizer=/data/llama-tokenizer
+        --config.data.mixture.images.options.path=/data/captioned --config.data.mixture.text.options.path=/data/text \
+        --config.codec=/data/vae --config.tokenizer=/data/llama-tokenizer
 
 Sizes: 0.16b, 0.37b, 0.76b, 1.4b, 7b. Controlled runs of the paper: 250,000 steps of 2 million tokens (0.5T tokens),
 AdamW (0.9, 0.95, 1e-8), weight decay 0.1, clip 1.0, learning rate 3e-4 after 4000 steps, cosine to 1.5e-5, caption
-first in 80 % of the pairs. The paper names no hardware. Its VAE was never
-released: give the folder of one with 8 latent channels in diffusers' layout. The paper mixes pairs with text alone in
-equal shares of tokens; this config trains on the pairs. `:runlocal` is a run of a minute on a laptop, on the digits
-that ship with scikit-learn.
+first in 80 % of the pairs, captioned images and text alone in equal shares of tokens. The paper names no hardware. Its
+VAE was never released: give the folder of one with 8 latent channels in diffusers' layout. The images are a folder with
+captions.jsonl; any other source does as well (--config.data.mixture.images.source=tfds:coco_captions), or the latents
+that `jaxmm encode --source images` has written of it (--config.data.mixture.images.source=latents). `:runlocal` is a
+run of a minute on a laptop, on the digits that ship with scikit-learn and on counting.txt.
 
 What to expect at 7b and 0.5T tokens (paper, table 3): COCO FID 16.8, CIDEr 27.2, C4 perplexity 7.72.
 """
 
 import dataclasses
+from pathlib import Path
 
 from ml_collections import ConfigDict
 
@@ -33,12 +36,17 @@ def get_config(arg: str = "7b") -> ConfigDict:
     config = base_config("transfusion", PRESETS[arg])
     _recipe(config)
     config.tokenizer = "meta-llama/Llama-2-7b-hf"
-    config.data.source = "folder"
-    config.data.options = ConfigDict(dict(path="", size=256, channels=3))
+    config.data.mixture = _mixture("folder", dict(path="", size=256, channels=3), text="")
     config.data.rows, config.data.tokens, config.data.images = 512, 4096, 16
     config.steps, config.optimizer.warmup_steps = 250_000, 4000
     config.log_every, config.checkpoint_every = 100, 5000
     return config
+
+
+def _mixture(source: str, options: dict, text: str) -> ConfigDict:
+    """Captioned images and text alone, 1 : 1 in tokens."""
+    images = dict(source=source, options=options, weight=1.0)
+    return ConfigDict(dict(images=images, text=dict(source="text", options=dict(path=text), weight=1.0)))
 
 
 def _recipe(config: ConfigDict) -> None:
@@ -63,10 +71,10 @@ def _run_local() -> ConfigDict:
     )
     config = base_config("transfusion", dataclasses.replace(model, remat="full"))
     _recipe(config)
-    config.data.options.split = "train"
+    config.data.mixture = _mixture("digits", dict(split="train"), text=str(Path(__file__).with_name("counting.txt")))
     config.data.words = ("a", *DIGIT_NAMES)
     config.data.rows, config.data.tokens, config.data.images = 8, 88, 4
-    config.steps, config.checkpoint_every, config.optimizer.warmup_steps = 200, 100, 20
+    config.steps, config.checkpoint_every, config.optimizer.warmup_steps = 300, 100, 20
     config.samples.solver.steps = 25
     config.sample_every, config.samples.prompts = 100, tuple(f"a {name}" for name in DIGIT_NAMES)
     return config

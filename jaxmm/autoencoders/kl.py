@@ -161,8 +161,15 @@ class KLAutoencoder(nnx.Module):
         self, images: Float[Array, "N H W C"], noise: Float[Array, "N h w c"] | None = None
     ) -> tuple[Float[Array, "N h w c"], Intermediates]:
         """Return (scaled latents, intermediates): a sample mean + std * noise, or the mean without noise."""
-        (mean, logvar), intermediates = self.moments(images)
-        return self.scale(mean if noise is None else sample(mean, logvar, noise)), intermediates
+        _, intermediates = self.moments(images)
+        return self.draw(intermediates["moments"], noise), intermediates
+
+    def draw(
+        self, moments: Float[Array, "N h w 2*c"], noise: Float[Array, "N h w c"] | None = None
+    ) -> Float[Array, "N h w c"]:
+        """Return scaled latents of moments as `moments` (or a cache of it) has them, mean before log-variance."""
+        mean, logvar = split_moments(moments)
+        return self.scale(mean if noise is None else sample(mean, logvar, noise))
 
     def decode(self, latents: Float[Array, "N h w c"]) -> tuple[Float[Array, "N H W C"], Intermediates]:
         """Return (images, intermediates) of scaled latents. Images are not clipped."""

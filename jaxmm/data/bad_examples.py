@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from jaxmm.errors import InputError
@@ -15,27 +16,30 @@ class BadExample:
       record: its number in the source.
       error: what is wrong with it, and where.
       example: its number in the endless sequence of documents.
+      source: the name of its source in a mixture; "" for the only one.
     """
 
     record: int
     error: str
     example: int = 0
+    source: str = ""
 
 
 class BadExamples:
     """Each bad record once, however many epochs read it.
 
     Args:
-      file: JSON lines {"record", "example", "error"}; what it holds already counts. None writes nothing.
-      share: of the records read so far that may be bad; before the hundredth record (or the last one, of a smaller
-        source) the share is that of so many.
-      records: the size of the source.
+      file: JSON lines {"record", "error", "example", "source"}; what it holds already counts. None writes nothing.
+      share: of the records of a source read so far that may be bad; before the hundredth record (or the last one, of a
+        smaller source) the share is that of so many.
+      records: the size of the source; or {name: size} of several.
     """
 
-    def __init__(self, file: Path | None, share: float, records: int):
+    def __init__(self, file: Path | None, share: float, records: int | Mapping[str, int]):
         if not 0 <= share <= 1:
             raise InputError(f"config key 'data.bad_share' is a share from 0 to 1, not {share}")
-        self._file, self._share, self._records = file, share, records
+        self._file, self._share = file, share
+        self._records = {"": records} if isinstance(records, int) else dict(records)
         self._known = _read(file) if file is not None else set()
 
     def __len__(self) -> int:
@@ -46,30 +50,34 @@ class BadExamples:
 
         Args:
           bad: the record.
-          seen: how many documents were read so far, this one included.
+          seen: how many documents were read so far of its source, this one included.
 
         Raises:
           InputError: if there are too many.
         """
-        if bad.record not in self._known:
-            self._known.add(bad.record)
+        if (bad.source, bad.record) not in self._known:
+            self._known.add((bad.source, bad.record))
             if self._file is not None:
                 with self._file.open("a") as file:
                     file.write(json.dumps(dataclasses.asdict(bad)) + "\n")
-        read = max(min(seen, self._records), min(100, self._records))
-        if len(self) > self._share * read:
+        count = sum(source == bad.source for source, _ in self._known)
+        records = self._records[bad.source]
+        read = max(min(seen, records), min(100, records))
+        if count > self._share * read:
+            of = f" of source {bad.source!r}" if bad.source else ""
             raise InputError(
-                f"{len(self)} of {read} records cannot be used, more than the share {self._share:g} of config key"
+                f"{count} of {read} records{of} cannot be used, more than the share {self._share:g} of config key"
                 f" 'data.bad_share'; the latest: {bad.error}" + (f" (all: {self._file})" if self._file else "")
             )
 
 
-def _read(file: Path) -> set[int]:
-    """The records that a file names; a line that a kill cut short is no line."""
+def _read(file: Path) -> set[tuple[str, int]]:
+    """(source, record) of the records that a file names; a line that a kill cut short is no line."""
     known = set()
     for line in file.read_text().splitlines() if file.exists() else ():
         try:
-            known.add(int(json.loads(line)["record"]))
-        except (ValueError, KeyError, TypeError):
+            content = json.loads(line)
+            known.add((str(content.get("source", "")), int(content["record"])))
+        except (ValueError, KeyError, TypeError, AttributeError):
             continue
     return known

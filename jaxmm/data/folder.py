@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxmm.data.images import fit, read_image
+from jaxmm.data.images import fit, read_image, two_sizes
 from jaxmm.errors import InputError
 from jaxmm.sequence.document import Document, Image, Text
 
@@ -35,6 +35,8 @@ class ImageFolder:
       InputError: for a wrong argument, a missing folder or file, and a broken line, by file and line.
     """
 
+    kind = "pixels"
+
     def __init__(
         self,
         path: str | os.PathLike,
@@ -48,7 +50,7 @@ class ImageFolder:
         if isinstance(channels, bool) or channels not in (1, 3):
             raise InputError(f"channels of an image folder: 1 or 3, not {channels!r}")
         self.folder, self.channels = Path(path), channels
-        self.height, self.width = _two_sizes(size)
+        self.height, self.width = two_sizes(size, "size of an image folder")
         if not self.folder.is_dir():
             raise InputError(f"there is no image folder {self.folder}")
         self.captions = self.folder / captions
@@ -116,14 +118,6 @@ def _text(record: dict[str, Any], key: str, where: str) -> str:
     if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
         raise InputError(f"{where}: {key!r} holds half of a surrogate pair, which is not Unicode")
     return value
-
-
-def _two_sizes(size: Any) -> tuple[int, int]:
-    pair = (size, size) if isinstance(size, int) else size
-    whole = isinstance(pair, (tuple, list)) and all(isinstance(n, int) and not isinstance(n, bool) for n in pair)
-    if not whole or len(pair) != 2 or min(pair) < 1:
-        raise InputError(f"size of an image folder: a positive whole number or two (height, width), not {size!r}")
-    return tuple(pair)
 
 
 def _short(value: Any) -> str:

@@ -5,6 +5,7 @@ import io
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -29,14 +30,15 @@ _TURNS = {
 _ORIENTATION = 0x0112  # EXIF tag
 
 
-def read_image(path: str | os.PathLike, channels: int) -> Pixels:
+def read_image(path: str | os.PathLike, channels: int, content: bytes | None = None) -> Pixels:
     """Read an image file that PIL knows; of several frames, the first.
 
     EXIF orientation is applied, alpha is composited on white, 16 bits are rounded to 8.
 
     Args:
-      path: the file.
+      path: the file; with `content`, only what messages call it.
       channels: 1 reads grey, 3 reads RGB, whatever the file holds.
+      content: of a file that is in memory.
 
     Raises:
       InputError: if the file is missing, a folder, empty, corrupt, truncated, or so large that PIL takes it for a
@@ -44,14 +46,14 @@ def read_image(path: str | os.PathLike, channels: int) -> Pixels:
     """
     if channels not in _MODES:
         raise ValueError(f"{channels} channels: 1 or 3")
-    if os.path.isdir(path):
+    if content is None and os.path.isdir(path):
         raise InputError(f"{path} is a folder, not an image")
-    if not os.path.isfile(path):
+    if content is None and not os.path.isfile(path):
         raise InputError(f"there is no image {path}")
-    if os.path.getsize(path) == 0:
+    if (os.path.getsize(path) if content is None else len(content)) == 0:
         raise InputError(f"image {path} is empty (0 bytes)")
     try:
-        with PIL.Image.open(path) as image:
+        with PIL.Image.open(path if content is None else io.BytesIO(content)) as image:
             image.load()
             upright = _eight_bits(_upright(image))
             return _from_pil(_on_white(upright).convert(_MODES[channels]))
@@ -63,6 +65,15 @@ def read_image(path: str | os.PathLike, channels: int) -> Pixels:
         raise
     except Exception as error:  # PIL's decoders raise nearly anything on broken files
         raise InputError(f"image {path} cannot be read: {' '.join(str(error).split())}") from error
+
+
+def two_sizes(size: Any, what: str) -> tuple[int, int]:
+    """(height, width) of a number or a pair; `what` names it in the InputError for anything else."""
+    pair = (size, size) if isinstance(size, int) else size
+    whole = isinstance(pair, (tuple, list)) and all(isinstance(n, int) and not isinstance(n, bool) for n in pair)
+    if not whole or len(pair) != 2 or min(pair) < 1:
+        raise InputError(f"{what}: a positive whole number or two (height, width), not {size!r}")
+    return tuple(pair)
 
 
 def fit(pixels: Pixels, height: int, width: int) -> UInt8[np.ndarray, "height width C"]:

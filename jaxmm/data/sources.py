@@ -1,11 +1,12 @@
-"""Documents by index: an image with its caption.
+"""Documents by index: an image with its caption, or text alone.
 
-A source has a length and gives document i; it needs no state, so that any process can ask for any document.
+A source has a length and gives document i; it needs no state, so that any process can ask for any document. Its `kind`
+says what its images are: "pixels", "latents" (as a frozen codec has read them), or "text" if it has none.
 """
 
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import PIL.Image
@@ -13,6 +14,9 @@ import PIL.ImageDraw
 from jaxtyping import Int, UInt8
 
 from jaxmm.data.folder import ImageFolder
+from jaxmm.data.latents import LatentFolder
+from jaxmm.data.text import TextFiles
+from jaxmm.data.tfds import TFDS
 from jaxmm.errors import InputError, nearest
 from jaxmm.sequence.document import Document, Image, Text
 
@@ -31,6 +35,18 @@ COLOURS = {
 _SMOOTH = 4  # shapes are drawn so many times larger and averaged
 
 
+class Source(Protocol):
+    """Documents by index."""
+
+    kind: str
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int) -> Document:
+        """Document i; raises InputError if it is broken."""
+        ...
+
+
 class Digits:
     """Handwritten digits of scikit-learn: "a zero" ... "a nine", 8 x 8 pixels, bright on black.
 
@@ -45,6 +61,7 @@ class Digits:
       labels: int [N], 0 to 9.
     """
 
+    kind = "pixels"
     images: UInt8[np.ndarray, "N 8 8 1"]
     labels: Int[np.ndarray, "N"]
 
@@ -81,6 +98,8 @@ class GeneratedShapes:
       seed: document i depends on the seed and on i only.
     """
 
+    kind = "pixels"
+
     def __init__(self, count: int = 1000, size: int = 64, seed: int = 0):
         for name, value, least in (("count", count, 1), ("size", size, 8), ("seed", seed, 0)):
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
@@ -98,23 +117,32 @@ class GeneratedShapes:
         return Document(segments, example=i, name=f"shapes {i}")
 
 
-SOURCES = {"digits": Digits, "folder": ImageFolder, "shapes": GeneratedShapes}
+SOURCES = {
+    "digits": Digits,
+    "folder": ImageFolder,
+    "latents": LatentFolder,
+    "shapes": GeneratedShapes,
+    "text": TextFiles,
+    "tfds": TFDS,
+}
 
 
-def make_source(name: str, options: Mapping[str, Any]) -> Digits | ImageFolder | GeneratedShapes:
+def make_source(name: str, options: Mapping[str, Any]) -> Source:
     """Make a source by its name in `SOURCES`.
 
     Args:
-      name: "digits", "folder" or "shapes".
+      name: its name; "tfds:NAME" is "tfds" with the option `name`.
       options: its arguments.
 
     Raises:
       InputError: for an unknown name, an unknown, missing or ill-typed option, or data that are broken.
     """
+    options = dict(options)
+    if name.startswith("tfds:"):
+        name, _, options["name"] = name.partition(":")
     if name not in SOURCES:
         raise InputError(f"unknown source {name!r}{nearest(name, SOURCES)}")
-    known = inspect.signature(SOURCES[name]).parameters
-    options = dict(options)
+    known = source_options(name)
     for key in options:
         if key not in known:
             raise InputError(f"source {name!r} has no option {key!r}{nearest(key, known)}")
@@ -122,6 +150,12 @@ def make_source(name: str, options: Mapping[str, Any]) -> Digits | ImageFolder |
         if parameter.default is parameter.empty and key not in options:
             raise InputError(f"source {name!r} needs the option {key!r}")
     return SOURCES[name](**options)
+
+
+def source_options(name: str) -> Mapping[str, inspect.Parameter]:
+    """The options of a source; none of an unknown one."""
+    source = SOURCES.get(name.partition(":")[0])
+    return {} if source is None else inspect.signature(source).parameters
 
 
 def _draw(

@@ -1,7 +1,7 @@
 """What the shared machinery asks of a system."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -28,8 +28,8 @@ class Layouts(Protocol):
         """A document to learn from; `rng` decides what a recipe leaves to chance."""
         ...
 
-    def budget(self, tokens: int, images: int) -> Budget:
-        """What a packed row holds: tokens of the text stream, and images of the model's size."""
+    def budget(self, tokens: int, images: int, kinds: Collection[str] = ("pixels",)) -> Budget:
+        """What a packed row holds: tokens of the text stream, and images of the model's size as "pixels", "latents"."""
         ...
 
     def draw(self, prompt: str | None) -> Layout:

@@ -7,9 +7,9 @@ networks and trainers see.
 
 from jaxmm.sequence.batch import Batch, Budget, ImageSet, Tokens, build_batch
 from jaxmm.sequence.consecutive import find_intervals
-from jaxmm.sequence.document import Document, Image, Text
+from jaxmm.sequence.document import Document, Image, Latents, Text
 from jaxmm.sequence.intervals import OPEN, Intervals, causal, together
-from jaxmm.sequence.layout import ImageSlot, Layout, StreamLayout
+from jaxmm.sequence.layout import ImageSlot, Layout, StreamLayout, cut
 
 __all__ = [
     "OPEN",
@@ -20,12 +20,14 @@ __all__ = [
     "ImageSet",
     "ImageSlot",
     "Intervals",
+    "Latents",
     "Layout",
     "StreamLayout",
     "Text",
     "Tokens",
     "build_batch",
     "causal",
+    "cut",
     "find_intervals",
     "together",
 ]

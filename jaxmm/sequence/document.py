@@ -12,10 +12,13 @@ class Text:
     Attributes:
       text: the words themselves.
       role: what the text is to its document ("caption", "question", "answer", ...); systems say which roles they know.
+      alternatives: other texts that would do as well (captions by other people); the data pipeline draws one of all of
+        them for each reading, and systems see no alternatives.
     """
 
     text: str
     role: str = "caption"
+    alternatives: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +35,19 @@ class Image:
 
 
 @dataclasses.dataclass(frozen=True)
+class Latents:
+    """One image as a frozen codec has read it.
+
+    Attributes:
+      moments: float32 [h, w, 2 C], mean and log-variance of the unscaled latents.
+      role: as of an `Image`.
+    """
+
+    moments: np.ndarray
+    role: str = "target"
+
+
+@dataclasses.dataclass(frozen=True)
 class Document:
     """Segments in the order of reading.
 
@@ -42,6 +58,6 @@ class Document:
       name: where it comes from (file and line, index), for messages.
     """
 
-    segments: tuple[Text | Image, ...]
+    segments: tuple[Text | Image | Latents, ...]
     example: int = 0
     name: str = ""

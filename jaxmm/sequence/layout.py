@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from jaxmm.sequence.intervals import Intervals
+from jaxmm.sequence.intervals import Intervals, causal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +63,7 @@ class Layout:
       images: the slots, in the order of reading.
       length: the number of places; several documents of a row follow each other by it.
       example, name: of the document.
+      piece: which run of the document it is, if the document was `cut`.
     """
 
     streams: dict[str, StreamLayout]
@@ -70,3 +71,29 @@ class Layout:
     length: int = 0
     example: int = 0
     name: str = ""
+    piece: int = 0
+
+
+def cut(layout: Layout, limit: int) -> list[Layout]:
+    """Cut a document of causal text alone into runs of at most `limit` tokens; any other comes back whole.
+
+    A run sees nothing of the one before it and its positions begin at 0; labels and weights stay as they are, so that
+    the last token of a run still learns the first of the next, and nothing is lost.
+    """
+    if layout.images or len(layout.streams) != 1 or layout.length <= limit:
+        return [layout]
+    ((name, whole),) = layout.streams.items()
+    places = np.arange(layout.length, dtype=np.int32)
+    in_order = np.array_equal(whole.places, places) and np.array_equal(whole.intervals.start, places)
+    if not in_order or not np.all(whole.intervals.end == layout.length):
+        return [layout]
+    pieces = []
+    for first in range(0, layout.length, limit):
+        run = slice(first, first + limit)
+        size = len(whole.ids[run])
+        positions = whole.positions[run] - whole.positions[first]
+        stream = StreamLayout(
+            whole.ids[run], places[:size], causal(0, size, size), positions, whole.labels[run], whole.weights[run]
+        )
+        pieces.append(Layout({name: stream}, (), size, layout.example, layout.name, len(pieces)))
+    return pieces

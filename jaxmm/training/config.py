@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import importlib.util
 import os
+import re
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,8 +13,12 @@ from typing import Any
 from ml_collections import ConfigDict, config_dict
 
 from jaxmm.checkpoints import has_steps, read_description
+from jaxmm.data.sources import source_options
 from jaxmm.errors import InputError, nearest
 from jaxmm.models import get_system
+
+# the options of the only source, and of one of a mixture
+_SOURCE_OPTIONS = re.compile(r"data\.(mixture\.[^.]+\.)?options")
 
 
 def base_config(system: str, model: Any) -> ConfigDict:
@@ -28,8 +33,11 @@ def base_config(system: str, model: Any) -> ConfigDict:
         system, model: what is trained; `model` holds the fields of the system's config.
         recipe: keyword arguments of the system's layouts: what training leaves to chance.
         tokenizer: "words" (built from `data.words`), a Hugging Face name, or a folder.
-        data: source and its options, rows of the global batch, budgets of a row, `prefetch` batches made and put on
-          the devices ahead, and the share of records that may be bad before the run stops.
+        data: source and its options (`jaxmm.data.sources`: "digits", "folder", "tfds:NAME", "text", "latents", ...),
+          rows of the global batch, budgets of a row, `prefetch` batches made and put on the devices ahead, and the
+          share of records that may be bad before the run stops. `mixture`, if it is not empty, takes the place of
+          source and options: {name: {source, options, weight}}, the weights being shares of "tokens" or of
+          "documents" (`mixture_unit`); for tokens the first `mixture_sample` documents of each source are measured.
         optimizer: AdamW, its schedule, and regular expressions over parameter paths.
         steps, seed: length of the run, and the seed of parameters, data and noise.
         policy: number formats, see `Policy.named`.
@@ -58,6 +66,9 @@ def base_config(system: str, model: Any) -> ConfigDict:
         dict(
             source="digits",
             options=ConfigDict(),
+            mixture=ConfigDict(),
+            mixture_unit="tokens",
+            mixture_sample=1000,
             words=(),
             rows=32,
             tokens=256,
@@ -171,19 +182,31 @@ def _adopt(config: ConfigDict, run: Path | None) -> None:
 
 
 def apply_override(config: ConfigDict, override: str) -> None:
-    """Set one key of a config from "a.b=value"."""
+    """Set one key of a config from "a.b=value".
+
+    Options of a source may be new, the source checks them; another source keeps of the options only those that it has.
+    """
     key, equals, text = override.partition("=")
     if not equals:
         raise InputError(f"override {override!r}: write --config.{key}=value")
     known = flat_keys(config)
+    parent, _, name = key.rpartition(".")
+    if key not in known and _SOURCE_OPTIONS.fullmatch(parent) and _node(config, parent) is not None:
+        known[key] = object
     if key not in known:
         raise InputError(f"unknown config key {key!r}{nearest(key, known)}")
-    parent, _, name = key.rpartition(".")
-    node = config
-    for part in parent.split(".") if parent else ():
-        node = node[part]
+    node = _node(config, parent)
     with node.unlocked():
+        if name == "source" and _SOURCE_OPTIONS.fullmatch(f"{parent}.options") and text != node.source:
+            node.options = ConfigDict({k: v for k, v in node.options.items() if k in source_options(text)})
         node[name] = _parse(key, text, known[key])
+
+
+def _node(config: ConfigDict, key: str) -> ConfigDict | None:
+    """The part of a config that a dotted key names; None if there is none."""
+    for part in key.split(".") if key else ():
+        config = config.get(part) if isinstance(config, ConfigDict) else None
+    return config
 
 
 def flat_keys(config: ConfigDict, prefix: str = "") -> dict[str, type]:
@@ -208,6 +231,8 @@ def _parse(key: str, text: str, kind: type) -> Any:
         value = float(value)
     if kind is tuple and isinstance(value, list):
         value = tuple(value)
+    if kind is object:
+        return value
     if type(value) is not kind:
         raise InputError(f"config key {key!r} takes {kind.__name__}, not {text!r}")
     return value

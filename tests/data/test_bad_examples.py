@@ -58,7 +58,7 @@ def test_a_bad_record_is_an_empty_document_at_its_index(tmp_path):
 
 def test_each_is_named_once_however_many_epochs_there_are(tmp_path):
     file = tmp_path / "bad_examples.jsonl"
-    long = (Text(" ".join(["a"] * 80)),)
+    long = (Text(" ".join(["a"] * 80)), tiny.documents(1)[0].segments[1])
     source = Source(12, broken={1, 7}, _4=(Text("a unicorn"),), _9=long)
     iterator, bad = batches(source, file)
     for _ in range(20):
@@ -67,7 +67,7 @@ def test_each_is_named_once_however_many_epochs_there_are(tmp_path):
     lines = {line["record"]: line["error"] for line in read(file)}
     assert len(read(file)) == 4 and lines.keys() == {1, 4, 7, 9}
     assert lines[1] == "pictures/1.png cannot be read" and "unicorn" in lines[4] and lines[4].startswith("document 4")
-    assert lines[9] == "document 9: needs 82 of tokens/tokens, a row has 64"
+    assert lines[9] == "document 9: needs 100 of tokens/tokens, a row has 64"
 
 
 def test_what_the_file_names_stays_counted(tmp_path):

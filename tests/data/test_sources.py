@@ -210,14 +210,14 @@ def test_make_source(tmp_path):
     folder_of(tmp_path, A)
     source = make_source("folder", {"path": str(tmp_path), "size": [8, 16], "channels": 1})
     assert source[0].segments[1].pixels.shape == (8, 16, 1)
-    assert set(SOURCES) == {"digits", "folder", "shapes"}
+    assert set(SOURCES) == {"digits", "folder", "latents", "shapes", "text", "tfds"}
 
 
 @pytest.mark.parametrize(
     "name, options, problem",
     [
         ("digit", {}, "unknown source 'digit'; did you mean 'digits'"),
-        ("xyz", {}, "unknown source 'xyz'; known: digits, folder, shapes"),
+        ("xyz", {}, "unknown source 'xyz'; known: digits, folder, latents, shapes"),
         ("digits", {"splt": "test"}, "source 'digits' has no option 'splt'; did you mean 'split'"),
         ("folder", {}, "source 'folder' needs the option 'path'"),
         ("shapes", {"count": "7"}, "count of the shapes: a whole number of at least 1, not '7'"),

@@ -45,6 +45,28 @@ def test_fields_without_a_value_can_be_given_one():
         load_config(DIGITS, ["model.kv_heads=two"])
 
 
+def test_options_of_a_source_may_be_new_and_another_source_keeps_what_it_has():
+    config = load_config(DIGITS, ["data.source=tfds:coco_captions", "data.options.text=captions/text"])
+    assert config.data.source == "tfds:coco_captions"
+    assert config.data.options.to_dict() == {"split": "train", "text": "captions/text"}
+    config = load_config(
+        f"{PRETRAIN}:7b",
+        ["data.mixture.images.source=tfds:mnist", "data.mixture.images.options.split=test", "data.options.size=(8,4)"],
+    )
+    assert config.data.mixture.images.options.to_dict() == {"size": 256, "channels": 3, "split": "test"}
+    assert config.data.mixture.text.source == "text" and config.data.options.size == (8, 4)
+    for key in ("data.mixture.imges.options.split", "data.mixture.images.option.split", "data.option.split"):
+        with pytest.raises(InputError, match=f"unknown config key '{key}'"):
+            load_config(f"{PRETRAIN}:7b", [f"{key}=test"])
+
+
+def test_the_mixture_of_pretraining_is_one_to_one_in_tokens():
+    for size in (*PRESETS, "runlocal"):
+        data = load_config(f"{PRETRAIN}:{size}").data
+        assert data.mixture_unit == "tokens" and set(data.mixture) == {"images", "text"}
+        assert data.mixture.images.weight == data.mixture.text.weight
+
+
 def test_missing_and_broken_config_files(tmp_path):
     with pytest.raises(InputError, match="no config file nowhere.py"):
         load_config("nowhere.py")

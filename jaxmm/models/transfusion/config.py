@@ -115,6 +115,12 @@ class TransfusionConfig:
         return self.latent_channels if self.codec is None else self.codec.in_channels
 
     @property
+    def moment_channels(self) -> int | None:
+        """Channels of an image's cached moments; None if pixels have as many, or are the latents."""
+        moments = 2 * self.latent_channels
+        return None if self.codec is None or self.codec.in_channels == moments else moments
+
+    @property
     def text_vocab_size(self) -> int:
         """Text may use the ids below it: BOI and EOI are appended to those of the tokenizer."""
         return min(self.boi_id, self.eoi_id)

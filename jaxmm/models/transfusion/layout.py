@@ -1,7 +1,7 @@
 """Documents and prompts as tokens (specification sections 2.4, 4, 5.1, 5.4, 5.5)."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from jaxmm.sequence import (
     Image,
     ImageSlot,
     Intervals,
+    Latents,
     Layout,
     StreamLayout,
     Text,
@@ -40,11 +41,17 @@ class Recipe:
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """An image among the parts of a document, see `ImageSlot`."""
+    """An image among the parts of a document, see `ImageSlot`; `scale` is the pixels per value along a side."""
 
     values: np.ndarray
     noise_limit: float = 1.0
     weight: float = 1.0
+    bucket: str | None = None
+    scale: int = 1
+
+    def patches(self, c: TransfusionConfig) -> int:
+        height, width = self.values.shape[:2]
+        return c.patches(height * self.scale, width * self.scale)
 
 
 class TransfusionLayouts:
@@ -64,11 +71,11 @@ class TransfusionLayouts:
         c, segments = self.config, list(document.segments)
         chances = rng.random(2)
         limit = 1.0
-        if sorted(type(s).__name__ for s in segments) == ["Image", "Text"]:
-            segments.sort(key=lambda s: isinstance(s, Image) != (chances[0] < self.recipe.image_first))
+        if sorted(isinstance(s, Text) for s in segments) == [False, True]:
+            segments.sort(key=lambda s: isinstance(s, Text) == (chances[0] < self.recipe.image_first))
             if isinstance(segments[0], Text) and chances[1] < self.recipe.caption_dropout:
                 segments = segments[1:]
-            elif isinstance(segments[0], Image):
+            elif not isinstance(segments[0], Text):
                 limit = self.recipe.noise_limit
         parts = [c.bos_id]
         for segment in segments:
@@ -78,10 +85,18 @@ class TransfusionLayouts:
                 parts += self._picture(segment, limit)
         return arrange(c, [*parts, c.eos_id], example=document.example, name=document.name)
 
-    def budget(self, tokens: int, images: int) -> Budget:
-        """A row of so many tokens and images of the model's size."""
-        shape = (*self.config.image_size, self.config.pixel_channels)
-        return Budget({"tokens": tokens}, {bucket_name(shape): (images, shape)})
+    def budget(self, tokens: int, images: int, kinds: Collection[str] = ("pixels",)) -> Budget:
+        """A row of so many tokens, and so many images of the model's size of each kind: "pixels", "latents"."""
+        c = self.config
+        height, width = c.image_size
+        buckets = {}
+        if "pixels" in kinds:
+            shape = (height, width, c.pixel_channels)
+            buckets[bucket_name(shape)] = (images, shape)
+        if "latents" in kinds:
+            shape = (height // c.downscale, width // c.downscale, self._moment_channels())
+            buckets[moments_name(shape)] = (images, shape)
+        return Budget({"tokens": tokens}, buckets)
 
     def draw(self, prompt: str | None) -> Layout:
         """`BOS caption BOI`; the unconditional prompt has no caption."""
@@ -101,11 +116,21 @@ class TransfusionLayouts:
         c = self.config
         return self._fitting(arrange(c, [c.bos_id, *self.tokenizer.encode(prompt)], end=OPEN, name=f"{prompt!r}"), 1)
 
-    def _picture(self, image: Image, limit: float) -> list:
-        values = to_values(image.pixels)
+    def _picture(self, image: Image | Latents, limit: float) -> list:
         given = image.role == "context"
-        picture = Picture(values, 0.0 if given else limit, 0.0 if given else 1.0)
+        chances = (0.0, 0.0) if given else (limit, 1.0)
+        if isinstance(image, Latents):
+            if image.moments.shape[-1] != self._moment_channels():
+                raise InputError(f"cached latents of shape {image.moments.shape} are none of this model's codec")
+            picture = Picture(image.moments, *chances, moments_name(image.moments.shape), self.config.downscale)
+        else:
+            picture = Picture(to_values(image.pixels), *chances)
         return [self.config.boi_id, picture, self.config.eoi_id]
+
+    def _moment_channels(self) -> int:
+        if self.config.moment_channels is None:
+            raise InputError("this model cannot read cached latents: its pixels cannot be told from them")
+        return self.config.moment_channels
 
     def _fitting(self, layout: Layout, more: int) -> Layout:
         needed = layout.length + more
@@ -126,6 +151,11 @@ def bucket_name(shape: Sequence[int]) -> str:
     return f"{shape[0]}x{shape[1]}"
 
 
+def moments_name(shape: Sequence[int]) -> str:
+    """The bucket of cached moments: "32x32x16"; their channels tell them from pixels."""
+    return "x".join(map(str, shape))
+
+
 def arrange(
     c: TransfusionConfig, parts: Sequence[int | Picture], *, end: int | None = None, example: int = 0, name: str = ""
 ) -> Layout:
@@ -140,7 +170,7 @@ def arrange(
     Returns:
       The layout with its labels: the next token where both are text, except after BOI.
     """
-    sizes = [c.patches(*part.values.shape[:2]) if isinstance(part, Picture) else 1 for part in parts]
+    sizes = [part.patches(c) if isinstance(part, Picture) else 1 for part in parts]
     length = sum(sizes)
     end = length if end is None else end
     ids, in_image = np.full(length, c.pad_id, np.int32), np.zeros(length, bool)
@@ -150,7 +180,7 @@ def arrange(
             spread = together if c.bidirectional else causal
             bounds.append(spread(place, place + size, end))
             in_image[place : place + size] = True
-            bucket = bucket_name(part.values.shape)
+            bucket = part.bucket or bucket_name(part.values.shape)
             images.append(
                 ImageSlot(
                     part.values, bucket, place, noise_limit=part.noise_limit, weight=part.weight, order=len(images)

@@ -122,12 +122,17 @@ class Transfusion(nnx.Module):
         return terms, notes | {"logits": output.logits}
 
     def encode(self, images: ImageSet, key: jax.Array | None = None) -> Float[Array, "B N H W C"]:
-        """Pixels to latents by the frozen codec: the mean, or with a key a posterior sample per image."""
+        """Pixels to latents by the frozen codec: the mean, or with a key a posterior sample per image.
+
+        Cached moments, told by their channels, take the place of what the encoder would say of the pixels.
+        """
         b, n, *shape = images.values.shape
         flat = images.values.reshape(b * n, *shape)
-        size = (shape[0] // self.config.downscale, shape[1] // self.config.downscale, self.config.latent_channels)
+        cached = shape[2] == self.config.moment_channels
+        scale = 1 if cached else self.config.downscale
+        size = (shape[0] // scale, shape[1] // scale, self.config.latent_channels)
         noise = None if key is None else timesteps.normal_per_example(key, images.example.reshape(-1), size)
-        latents, _ = self.codec.encode(flat, noise)
+        latents = self.codec.draw(flat, noise) if cached else self.codec.encode(flat, noise)[0]
         return jax.lax.stop_gradient(latents.reshape(b, n, *size).astype(jnp.float32))
 
     def _predict(self, hidden: Array, images: ImageSet, latents: Array) -> Float[Array, "B N H W C"]:
