@@ -63,6 +63,8 @@ class Layout:
       images: the slots, in the order of reading.
       length: the number of places; several documents of a row follow each other by it.
       example, name: of the document.
+      continues: whether the documents of a row are one text: keys may stay open to those behind it, and its rotary
+        positions go on from its place in the row.
     """
 
     streams: dict[str, StreamLayout]
@@ -70,3 +72,4 @@ class Layout:
     length: int = 0
     example: int = 0
     name: str = ""
+    continues: bool = False

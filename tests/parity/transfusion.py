@@ -1,9 +1,10 @@
-"""Transfusion's reference model, linear codec: every case of a `ref_linear` folder.
+"""Transfusion's reference model: every case of a `ref_linear` or `ref_unet` folder.
 
 The bounds of the golden's README (1e-5, and 5e-5 where the sampler starts at a high t, relative to at least 1) hold
 beside the general one.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -14,6 +15,7 @@ from jaxmm.attention import visible
 from jaxmm.diffusion import ddpm as ddpm_math
 from jaxmm.layers.rotary import rotary_tables
 from jaxmm.models.transfusion import SYSTEM, TransfusionConfig, decode
+from jaxmm.models.transfusion.config import UNetConfig
 from jaxmm.models.transfusion.layout import Picture, arrange, bucket_name
 from jaxmm.models.transfusion.objective import SolverOptions
 from jaxmm.sequence import OPEN, Budget, build_batch
@@ -37,6 +39,16 @@ def config_of(golden, **changes) -> TransfusionConfig:
         image_size=golden.cases["ddpm/x_T"].shape[1:],
         latent_channels=c["latent_channels"],
         patch_size=c["patch_size"],
+        patch_codec=c["patch_encoder"],
+        unet=UNetConfig(
+            channels=tuple(c["unet_channels"]),
+            blocks=c["unet_num_res_blocks"],
+            attention_levels=tuple(c["unet_attention_levels"]),
+            heads=c["unet_attention_heads"],
+            norm=c["unet_norm"],
+            norm_groups=c["unet_norm_groups"],
+            norm_eps=c["unet_norm_eps"],
+        ),
         time_features=c["time_freq_dim"],
         time_width=c["time_embed_dim"],
         time_max_period=c["time_max_period"],
@@ -224,6 +236,10 @@ def post_linear(golden):
     variant(golden, "post_linear", time_injection="post_linear")
 
 
+def norm_group(golden):
+    variant(golden, "norm_group", unet=dataclasses.replace(config_of(golden).unet, norm="group"))
+
+
 def packed(golden):
     config, blueprint, params, _ = model_of(golden)
     inputs = Inputs(golden, "packed", config)
@@ -367,5 +383,5 @@ def after_image(golden):
     greedy(golden, "after_image", golden.cases["after_image/image"])
 
 
-_COMPARATORS = (train, causal, post_linear, packed, flow, schedule, ddpm, ddpm_clip, ddim, flow_euler, edit)
+_COMPARATORS = (train, causal, post_linear, norm_group, packed, flow, schedule, ddpm, ddpm_clip, ddim, flow_euler, edit)
 CASES = {f.__name__: f for f in (*_COMPARATORS, text, caption, after_image)}
