@@ -178,7 +178,7 @@ def _check_closed(layout: Layout) -> None:
 def _write(
     target: Tokens, b: int, offsets: Sequence[int], turns: Sequence[int], sources: Sequence[StreamLayout]
 ) -> None:
-    """Write the documents of one row and stream one behind the other, places `offsets` and positions `turns` further."""
+    """Write the documents of one row and stream one behind the other, places `offsets` further, positions `turns`."""
     join = np.concatenate
     shift, turn = (np.repeat(by, [len(s) for s in sources]) for by in (offsets, turns))
     n = len(shift)

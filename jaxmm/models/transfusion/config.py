@@ -7,8 +7,6 @@ from jaxmm.autoencoders import KLConfig
 from jaxmm.errors import InputError, nearest
 from jaxmm.transformer import TransformerConfig
 
-UNET_TIME_WIDTH = 1280  # of the time embedding: the U-Net has one size, whatever the transformer's
-
 # what a field may be
 CHOICES = {
     "patch_codec": ("linear", "unet"),
@@ -87,7 +85,8 @@ class TransfusionConfig:
       patch_codec: of latents to hidden states and back, "linear" or "unet".
       unet: of the U-Net codec.
       patch_order: in which order the linear codec flattens a patch.
-      time_features, time_width: of the time embedding; the width is by default the hidden width, or 1280 with a U-Net.
+      time_features, time_width: of the time embedding; the width is by default the hidden one, with a U-Net that of its
+        last level.
       time_injection: "pre_linear" adds the projected time to each patch before the linear map, "post_linear" after it.
       image_positions: rotary positions of patches: "counter" (one per patch) or "shared" (one per image).
       grid_positions: added to patches by row and column: "none", "sincos" or "learned".
@@ -222,8 +221,8 @@ class TransfusionConfig:
 
     @property
     def time_size(self) -> int:
-        """Width of the time embedding."""
-        return self.time_width or (UNET_TIME_WIDTH if self.patch_codec == "unet" else self.width)
+        """Width of the time embedding; with a U-Net it does not grow with the transformer."""
+        return self.time_width or (self.unet.channels[-1] if self.patch_codec == "unet" else self.width)
 
     @property
     def unwritten(self) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 from jaxmm.layers.convolution import Conv2D, PixelAttention, ResidualBlock, channel_norm, uniform_fan_in, upsample
 from jaxmm.layers.linear import Linear
 from jaxmm.models.transfusion.config import TransfusionConfig
+from jaxmm.sharding import constrain
 from jaxmm.transformer.config import REMAT_POLICIES
 
 Skips = tuple[Float[Array, "B N h w c"], ...]
@@ -68,7 +69,7 @@ class UNetPatchEncoder(nnx.Module):
     ) -> tuple[Float[Array, "B N P D"], Skips]:
         b, n = latents.shape[:2]
         block, time = _block(self.remat), _merge(time)
-        x = self.conv_in(_merge(latents).astype(dtype))
+        x = _rows(self.conv_in(_merge(latents).astype(dtype)))
         kept = [x]
         for level in self.down:
             for res, attention in level.blocks():
@@ -132,9 +133,14 @@ def _block(remat: str) -> Callable:
 
     def run(res, attention, x, time):
         x = res(x, time)
-        return x if attention is None else attention(x)
+        return _rows(x if attention is None else attention(x))
 
     return run if remat == "none" else jax.checkpoint(run, policy=REMAT_POLICIES[remat])
+
+
+def _rows(x: Float[Array, "B*N H W C"]) -> Float[Array, "B*N H W C"]:
+    """Pin activations where their rows are, whatever the cut of the weights."""
+    return constrain(x, "rows", None, None, None)
 
 
 def _merge(x: Float[Array, "B N *x"]) -> Float[Array, "B*N *x"]:
