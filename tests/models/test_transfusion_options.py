@@ -9,9 +9,9 @@ import pytest
 
 from jaxmm.attention import visible
 from jaxmm.errors import InputError
-from jaxmm.models.transfusion import SYSTEM, Recipe, SolverOptions, decode
+from jaxmm.models.transfusion import SYSTEM, SolverOptions, decode
 from jaxmm.models.transfusion.codec import grid_sincos
-from jaxmm.models.transfusion.layout import Picture, arrange
+from jaxmm.models.transfusion.layout import Picture, arrange, unconditional_prompt
 from jaxmm.models.transfusion.model import Noised
 from jaxmm.models.transfusion.objective import check_solver, make_objective
 from jaxmm.sequence import OPEN, build_batch
@@ -28,6 +28,12 @@ def make(seed=0, **changes):
 
 def picture(seed=0):
     return Picture(np.random.default_rng(seed).normal(size=(8, 8, 1)).astype(np.float32))
+
+
+def read(blueprint, params, layout):
+    """One prompt, read into a cache of 48 slots."""
+    batch = decode.prompt_batch(blueprint.bind(params).config, [layout])
+    return jax.jit(lambda p: decode.read(blueprint.bind(p), batch, 48))(params)
 
 
 def keys(count=1):
@@ -50,12 +56,13 @@ def test_patches_of_an_image_can_share_one_position():
 def test_drawing_continues_the_positions_of_training(image_positions):
     """A prompt, an image and EOI written piece by piece give the logits of the whole document read at once."""
     c, blueprint, params = make(image_positions=image_positions)
-    model, image = blueprint.bind(params), picture()
+    image, active = picture(), jnp.ones(1, bool)
     prompt = [c.bos_id, *tiny.TOKENIZER.encode("a one"), c.boi_id]
-    rows = decode.read(model, decode.prompt_batch(c, [arrange(c, prompt, end=OPEN)]), 48)
-    rows = decode.keep_image(model, rows, jnp.asarray(image.values)[None, None], jnp.ones(1, bool))
+    rows = read(blueprint, params, arrange(c, prompt, end=OPEN))
+    latents = jnp.asarray(image.values)[None, None]
+    rows = jax.jit(lambda p: decode.keep_image(blueprint.bind(p), rows, latents, active))(params)
     given = dataclasses.replace(image, noise_limit=0.0)
-    whole = decode.read(model, decode.prompt_batch(c, [arrange(c, [*prompt, given, c.eoi_id], end=OPEN)]), 48)
+    whole = read(blueprint, params, arrange(c, [*prompt, given, c.eoi_id], end=OPEN))
     np.testing.assert_allclose(rows.logits, whole.logits, rtol=1e-4, atol=1e-5)
     assert int(rows.position[0]) == int(whole.position[0])
     assert int(rows.position[0]) == (21 if image_positions == "counter" else 6)
@@ -97,15 +104,16 @@ def test_the_order_within_a_patch():
         permuted[path] = jnp.take(params[path], np.argsort(order), axis=axis)
     for path in ("patch_decoder.proj.kernel", "patch_decoder.proj.bias"):
         permuted[path] = jnp.take(params[path], np.argsort(order), axis=-1)
-    plain = SYSTEM.blueprint(dataclasses.replace(c, patch_order="row_column_channel")).bind(permuted)
+    row_first = SYSTEM.blueprint(dataclasses.replace(c, patch_order="row_column_channel"))
+    plain = row_first.bind(permuted)
     latents = jax.random.normal(jax.random.key(1), (1, 2, 8, 8, 3))
     noised = Noised(latents, jnp.full((1, 2), 9.0))
     first, second = model.encode_patches(noised)[0], plain.encode_patches(noised)[0]
     np.testing.assert_allclose(first.values, second.values, atol=1e-5)
     decoded = [m.patch_decoder(first.values, (), first.time, 8, 8) for m in (model, plain)]
     np.testing.assert_allclose(*decoded, atol=1e-5)
-    unchanged = plain.bind if False else SYSTEM.blueprint(dataclasses.replace(c, patch_order="row_column_channel"))
-    assert np.abs(unchanged.bind(params).encode_patches(noised)[0].values - first.values).max() > 1e-3
+    unpermuted = row_first.bind(params).encode_patches(noised)[0]
+    assert np.abs(unpermuted.values - first.values).max() > 1e-3
 
 
 @pytest.mark.parametrize("document_mask", [True, False])
@@ -147,8 +155,6 @@ def test_null_words_are_the_unconditional_prompt():
     alone = decoder.draw(params, [nulled], [wrong], keys(), dataclasses.replace(options, guidance=1.0))
     np.testing.assert_allclose(drawn, alone, atol=1e-5)
     with_image = arrange(c, [c.bos_id, 5, c.boi_id, picture(), c.eoi_id, 6], end=OPEN)
-    from jaxmm.models.transfusion.layout import unconditional_prompt
-
     made = unconditional_prompt(c, with_image)
     expected = [c.bos_id, NULL, c.boi_id, *[c.pad_id] * 16, c.eoi_id, NULL, c.boi_id]
     assert made.streams["tokens"].ids.tolist() == expected
@@ -184,50 +190,61 @@ def test_training_can_keep_to_a_share_of_the_schedule():
     distance = {}
     for share in (0.01, 1.0):
         c, blueprint, params = make(max_noise=share)
-        _, notes = blueprint.bind(params).loss(batch, jax.random.key(0))
+        notes = jax.jit(lambda p: blueprint.bind(p).loss(batch, jax.random.key(0))[1])(params)  # noqa: B023
         present = batch.images["8x8"].slot >= 0
         distance[share] = np.abs(np.asarray(notes["noised/8x8"]) - batch.images["8x8"].values)[present].max()
     # index 9 at most: 1 - abar is below 0.0009, so noise of five standard deviations stays below 0.16
     assert distance[0.01] < 0.16 < distance[1.0]
 
 
-@pytest.mark.parametrize("objective, time", [("ddpm", 20.0), ("flow", 0.98)])
-def test_given_images_can_be_told_a_small_time(objective, time):
+def test_given_images_can_be_told_a_small_time():
     """The image stays clean; what the network is told is that share of the schedule."""
-    c, blueprint, params = make(objective=objective, given_time=0.02)
-    assert make_objective(c).clean == pytest.approx(time)
+    assert make_objective(tiny.config(objective="flow", given_time=0.02)).clean == pytest.approx(0.98)
+    c, blueprint, params = make(given_time=0.02)
+    assert make_objective(c).clean == 20.0
     prompt = arrange(c, [c.bos_id, c.boi_id, dataclasses.replace(picture(), noise_limit=0.0), c.eoi_id], end=OPEN)
-    batch, model = decode.prompt_batch(c, [prompt]), blueprint.bind(params)
-    told = {"8x8": Noised(jnp.asarray(batch.images["8x8"].values), jnp.full((1, 1), time))}
-    expected, _ = model(batch, told)
-    np.testing.assert_allclose(decode.read(model, batch, 32).logits[0], expected.logits[0, 18], atol=1e-5)
-    plain = decode.read(SYSTEM.blueprint(tiny.config(objective=objective)).bind(params), batch, 32)
-    assert np.abs(plain.logits[0] - expected.logits[0, 18]).max() > 1e-4
+    batch = decode.prompt_batch(c, [prompt])
+    told = {"8x8": Noised(jnp.asarray(batch.images["8x8"].values), jnp.full((1, 1), 20.0))}
+    expected = jax.jit(lambda p: blueprint.bind(p)(batch, told)[0].logits[0, 18])(params)
+    np.testing.assert_allclose(read(blueprint, params, prompt).logits[0], expected, atol=1e-5)
+    plain = read(SYSTEM.blueprint(tiny.CONFIG), params, prompt)
+    assert np.abs(plain.logits[0] - expected).max() > 1e-4
 
 
 def test_text_can_see_the_last_evaluation_of_an_image():
     """`remember="last"`: the cache holds the keys of the state that the last step started from."""
     c, blueprint, params = make(objective="flow")
-    model, active = blueprint.bind(params), jnp.ones(1, bool)
-    rows = decode.read(model, decode.prompt_batch(c, [arrange(c, [c.bos_id, c.boi_id], end=OPEN)]), 48)
+    active = jnp.ones(1, bool)
+    rows = read(blueprint, params, arrange(c, [c.bos_id, c.boi_id], end=OPEN))
     noise = jax.random.normal(jax.random.key(1), (1, 1, 8, 8, 1))
     options = SolverOptions(steps=4, guidance=1.0)
-    latents, states, last = decode.draw_latents(model, rows, None, noise, lambda i: noise, active, options)
+    latents, states, last = jax.jit(
+        lambda params: decode.draw_latents(blueprint.bind(params), rows, None, noise, lambda i: noise, active, options)
+    )(params)
     np.testing.assert_array_equal(last.latents, states[2])
     np.testing.assert_allclose(last.time, 0.75)
-    prediction, _ = decode.predict_image(model, rows, last.latents, last.time, active)
+    predict = jax.jit(lambda params: decode.predict_image(blueprint.bind(params), rows, *last, active)[0])
+    prediction = predict(params)
     np.testing.assert_allclose(last.latents + prediction / 4, latents, atol=1e-5)
-    decoder, prompt = SYSTEM.decoder(c, blueprint), SYSTEM.layouts(c, tiny.TOKENIZER).prompt("a one")
-    texts = []
+    keep = jax.jit(lambda params, x, t: decode.keep_image(blueprint.bind(params), rows, x, active, time=t).logits)
+    difference = keep(params, latents, jnp.ones((1, 1))) - keep(params, last.latents, last.time)
+    assert np.abs(difference).max() > 1e-3
+
+
+def test_the_loop_remembers_what_its_option_says(monkeypatch):
+    c, blueprint, params = make(objective="flow")
+    prompt, seen, original = SYSTEM.layouts(c, tiny.TOKENIZER).prompt("a one"), [], decode.keep_image
+
+    def keep(model, rows, latents, active, dtype, time):
+        seen.append(time)
+        return original(model, rows, latents, active, dtype, time)
+
+    monkeypatch.setattr(decode, "keep_image", keep)
+    decoder = SYSTEM.decoder(c, blueprint)
     for remember in ("clean", "last"):
-        chosen = SolverOptions(steps=1, guidance=1.0, remember=remember)
-        parts = decoder.complete(params, [prompt], keys(), only(c, c.boi_id, c.pad_id), chosen, 1)[0]
-        texts.append(parts)
-    np.testing.assert_array_equal(texts[0][1], texts[1][1])  # the same image, whatever is remembered
-    clean, noised = (
-        decode.keep_image(model, rows, x, active, time=t).logits for x, t in ((latents, None), (last.latents, last.time))
-    )
-    assert np.abs(clean - noised).max() > 1e-3
+        options = SolverOptions(steps=1, guidance=1.0, remember=remember)
+        decoder.complete(params, [prompt], keys(), only(c, c.boi_id), options, 1)
+    assert seen[0] is None and seen[1].shape == (1, 1)
 
 
 @pytest.mark.parametrize(
@@ -257,4 +274,3 @@ def test_wrong_options_are_refused(changes, message):
 def test_wrong_solver_options_are_refused():
     with pytest.raises(InputError, match="did you mean 'clean'"):
         check_solver(make_objective(tiny.CONFIG), SolverOptions(remember="cleaned"))
-    assert Recipe().noise_limit == 0.5

@@ -1,6 +1,7 @@
-"""The U-Net patch codec beyond its golden: sizes, routing of the skip connections, one encoder pass for both branches."""
+"""The U-Net patch codec beyond its golden: sizes, routing of skip connections, one encoder pass for both branches."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,9 @@ from jaxmm.models.transfusion.objective import SolverOptions
 from jaxmm.sharding import make_mesh, parameter_shardings
 from jaxmm.weights import Mismatch
 from tests import tiny
+from tests.parity.golden import Golden
 from tests.parity.test_parity import DEFAULT_ROOT
+from tests.parity.transfusion import model_of
 
 UNET = UNetConfig((8, 12), blocks=1, heads=2)
 CONFIG = tiny.config(patch_codec="unet", unet=UNET)
@@ -244,9 +247,6 @@ def test_bfloat16_stays_close(network):
 
 
 def test_weights_go_both_ways_bit_for_bit():
-    from tests.parity.golden import Golden
-    from tests.parity.transfusion import model_of
-
     folder = DEFAULT_ROOT / "transfusion" / "ref_unet"
     tensors = load_file(folder / "weights.safetensors")
     _, _, params, table = model_of(Golden(folder))
@@ -262,8 +262,6 @@ def test_weights_go_both_ways_bit_for_bit():
 
 
 def test_the_config_survives_json():
-    import json
-
     config = PRESETS["0.76b-unet-patch4"]
     assert TransfusionConfig.from_dict(json.loads(json.dumps(dataclasses.asdict(config)))) == config
 
