@@ -37,9 +37,14 @@ def uniform_index(
     The limit broadcasts to the shape. A limit of 0 gives 0, one above 1 is no limit: the index is always one of the
     schedule's.
     """
+    return jax.random.randint(key, shape, 0, count_below(steps, limit), jnp.int32)
+
+
+def count_below(steps: int, limit: float | Float[Array, "*s"]) -> Int[Array, "*s"]:
+    """How many of the schedule's timesteps a limit leaves: ceil(limit * steps), from 1 to `steps`."""
     # ceil of a product that should be whole but is rounded upwards (0.07 * 100 > 7) must not count one more
     count = jnp.ceil(jnp.asarray(limit, jnp.float32) * (steps * (1 - 1e-6)))
-    return jax.random.randint(key, shape, 0, jnp.clip(count, 1, steps).astype(jnp.int32), jnp.int32)
+    return jnp.clip(count, 1, steps).astype(jnp.int32)
 
 
 def logit_normal(

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float
 
 from jaxmm.attention import attend
 from jaxmm.layers.linear import Linear
-from jaxmm.layers.norms import GroupNorm
+from jaxmm.layers.norms import GroupNorm, LayerNorm
 from jaxmm.layers.parameters import Initializer, param, read, zeros
 from jaxmm.sequence import Intervals
 
@@ -60,35 +60,73 @@ def upsample(x: Float[Array, "N H W C"]) -> Float[Array, "N 2*H 2*W C"]:
 
 
 class ResidualBlock(nnx.Module):
-    """x + conv(silu(norm(conv(silu(norm(x)))))), with a 1x1 convolution on x where the number of channels changes."""
+    """x + conv(silu(norm(conv(silu(norm(x)))))), with a 1x1 convolution on x where the number of channels changes.
 
-    def __init__(self, channels_in: int, channels_out: int, *, groups: int, eps: float, rngs: nnx.Rngs):
-        self.norm1 = GroupNorm(channels_in, groups=groups, eps=eps, rngs=rngs)
+    Args:
+      channels_in, channels_out: sizes of the last axis before and after.
+      groups: of the group norms; None is layer norm, over the channels of each pixel.
+      eps: of the norms.
+      time: size of a time embedding; its silu is projected and added behind the first convolution.
+    """
+
+    def __init__(
+        self,
+        channels_in: int,
+        channels_out: int,
+        *,
+        groups: int | None,
+        eps: float,
+        time: int | None = None,
+        rngs: nnx.Rngs,
+    ):
+        self.norm1 = channel_norm(channels_in, groups, eps, rngs)
         self.conv1 = Conv2D(channels_in, channels_out, 3, rngs=rngs)
-        self.norm2 = GroupNorm(channels_out, groups=groups, eps=eps, rngs=rngs)
+        axes = ("time", "channels_out")
+        self.time_proj = None if time is None else Linear(time, channels_out, axes, init=uniform_fan_in(), rngs=rngs)
+        self.norm2 = channel_norm(channels_out, groups, eps, rngs)
         self.conv2 = Conv2D(channels_out, channels_out, 3, rngs=rngs)
         self.shortcut = None if channels_in == channels_out else Conv2D(channels_in, channels_out, 1, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "N H W C"]) -> Float[Array, "N H W c"]:
+    def __call__(self, x: Float[Array, "N H W C"], time: Float[Array, "N E"] | None = None) -> Float[Array, "N H W c"]:
         y = self.conv1(jax.nn.silu(self.norm1(x)))
+        if self.time_proj is not None:
+            y = y + self.time_proj(jax.nn.silu(time)).astype(y.dtype)[:, None, None]
         y = self.conv2(jax.nn.silu(self.norm2(y)))
         return y + (x if self.shortcut is None else self.shortcut(x))
 
 
 class PixelAttention(nnx.Module):
-    """x + attention of one head, as wide as the channels, in which every pixel sees every pixel of its image."""
+    """x + attention over the channels in which every pixel sees every pixel of its image.
 
-    def __init__(self, channels: int, *, groups: int, eps: float, rngs: nnx.Rngs):
-        def project() -> Linear:
-            return Linear(channels, channels, ("channels_in", "channels_out"), init=uniform_fan_in(), rngs=rngs)
+    Args:
+      channels: size of the last axis, shared by the heads.
+      groups, eps: of the norm, as in `ResidualBlock`.
+      heads: number of heads.
+      bias: whether queries, keys and values have one; the output always has.
+    """
 
-        self.norm = GroupNorm(channels, groups=groups, eps=eps, rngs=rngs)
-        self.query, self.key, self.value, self.out = project(), project(), project(), project()
+    def __init__(
+        self, channels: int, *, groups: int | None, eps: float, heads: int = 1, bias: bool = True, rngs: nnx.Rngs
+    ):
+        def project(bias: bool = bias) -> Linear:
+            axes = ("channels_in", "channels_out")
+            return Linear(channels, channels, axes, bias=bias, init=uniform_fan_in(), rngs=rngs)
+
+        self.norm = channel_norm(channels, groups, eps, rngs)
+        self.query, self.key, self.value, self.out = project(), project(), project(), project(bias=True)
+        self.heads = heads
 
     def __call__(self, x: Float[Array, "N H W C"]) -> Float[Array, "N H W C"]:
         n, h, w, c = x.shape
         y = self.norm(x).reshape(n, h * w, c)
-        q, k, v = (project(y)[:, :, None] for project in (self.query, self.key, self.value))
+        q, k, v = (project(y).reshape(n, h * w, self.heads, -1) for project in (self.query, self.key, self.value))
         places = jnp.zeros((n, h * w), jnp.int32)
         mixed = attend(q, k, v, places, Intervals(places, places + 1))
-        return x + self.out(mixed[:, :, 0]).reshape(x.shape)
+        return x + self.out(mixed.reshape(n, h * w, c)).reshape(x.shape)
+
+
+def channel_norm(channels: int, groups: int | None, eps: float, rngs: nnx.Rngs) -> GroupNorm | LayerNorm:
+    """Group norm over pixels and channels, or with `groups` None layer norm over the channels of each pixel."""
+    if groups is None:
+        return LayerNorm(channels, eps=eps, rngs=rngs)
+    return GroupNorm(channels, groups=groups, eps=eps, rngs=rngs)

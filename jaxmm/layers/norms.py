@@ -21,6 +21,21 @@ class RMSNorm(nnx.Module):
         return (y * self.scale[...]).astype(x.dtype)
 
 
+class LayerNorm(nnx.Module):
+    """(x - mean) / sqrt(variance + eps) * scale + bias over the last axis (arXiv 1607.06450)."""
+
+    def __init__(self, width: int, *, eps: float, rngs: nnx.Rngs):
+        self.scale = param(rngs, (width,), ("norm",), ones)
+        self.bias = param(rngs, (width,), ("norm",), zeros)
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*b D"]) -> Float[Array, "*b D"]:
+        y = x.astype(jnp.float32)
+        y = y - jnp.mean(y, axis=-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
+        return (y * self.scale[...] + self.bias[...]).astype(x.dtype)
+
+
 class GroupNorm(nnx.Module):
     """Normalise groups of neighbouring channels over all pixels, then scale and shift (arXiv 1803.08494)."""
 

@@ -139,7 +139,8 @@ def _empty_images(rows: int, count: int, shape: tuple[int, int, int]) -> ImageSe
 def _fill_row(streams: dict[str, Tokens], images: dict[str, ImageSet], b: int, row: Sequence[Layout]) -> None:
     """Write the layouts of one row, a stream at a time: rows of many small documents are made quickly."""
     for layout in row[:-1]:
-        _check_closed(layout)
+        if not layout.continues:
+            _check_closed(layout)
     starts: list[dict[str, int]] = []  # of each document, where it begins in each stream
     ends = dict.fromkeys(streams, 0)
     for layout in row:
@@ -153,7 +154,8 @@ def _fill_row(streams: dict[str, Tokens], images: dict[str, ImageSet], b: int, r
                 raise ValueError(f"{layout.name}: {ends[name]} tokens in stream {name!r}, the row has {limit}")
     offsets = np.cumsum([0, *(layout.length for layout in row[:-1])], dtype=np.int32)
     for name, target in streams.items():
-        parts = [(offset, layout.streams[name]) for offset, layout in zip(offsets, row) if name in layout.streams]
+        held = [(offset, layout) for offset, layout in zip(offsets, row) if name in layout.streams]
+        parts = [(offset, offset * layout.continues, layout.streams[name]) for offset, layout in held]
         if parts:
             _write(target, b, *zip(*parts))
     counts = dict.fromkeys(images, 0)
@@ -173,12 +175,15 @@ def _check_closed(layout: Layout) -> None:
             )
 
 
-def _write(target: Tokens, b: int, offsets: Sequence[int], sources: Sequence[StreamLayout]) -> None:
-    """Write the documents of one row and stream one behind the other, their places `offsets` further on."""
+def _write(
+    target: Tokens, b: int, offsets: Sequence[int], turns: Sequence[int], sources: Sequence[StreamLayout]
+) -> None:
+    """Write the documents of one row and stream one behind the other, places `offsets` further, positions `turns`."""
     join = np.concatenate
-    shift = np.repeat(offsets, [len(s) for s in sources])
+    shift, turn = (np.repeat(by, [len(s) for s in sources]) for by in (offsets, turns))
     n = len(shift)
-    target.ids[b, :n], target.positions[b, :n] = join([s.ids for s in sources]), join([s.positions for s in sources])
+    target.ids[b, :n] = join([s.ids for s in sources])
+    target.positions[b, :n] = join([s.positions for s in sources]) + turn
     target.labels[b, :n], target.weights[b, :n] = join([s.labels for s in sources]), join([s.weights for s in sources])
     places, end = join([s.places for s in sources]), join([s.intervals.end for s in sources])
     target.places[b, :n] = np.where(places < 0, places, places + shift)  # -1 sees nothing, wherever it is

@@ -64,6 +64,8 @@ class Layout:
       length: the number of places; several documents of a row follow each other by it.
       example, name: of the document.
       piece: which run of the document it is, if the document was `cut`.
+      continues: whether the documents of a row are one text: keys may stay open to those behind it, and its rotary
+        positions go on from its place in the row.
     """
 
     streams: dict[str, StreamLayout]
@@ -72,6 +74,7 @@ class Layout:
     example: int = 0
     name: str = ""
     piece: int = 0
+    continues: bool = False
 
 
 def cut(layout: Layout, limit: int) -> list[Layout]:

@@ -144,9 +144,9 @@ def test_patch_codec_at_each_size(patch_size):
     params["patch_decoder.proj.kernel"] = jnp.eye(64, values)
     model = blueprint.bind(params)
     latents = jax.random.normal(jax.random.key(1), (2, 3, 8, 8, 1))
-    hidden = model.patch_encoder(latents, jnp.ones((2, 3, 64)), jnp.float32)
+    hidden, skips = model.patch_encoder(latents, jnp.ones((2, 3, 64)), jnp.float32)
     assert hidden.shape == (2, 3, (8 // patch_size) ** 2, 64) and c.patches(8, 8) == hidden.shape[2]
-    np.testing.assert_allclose(model.patch_decoder(hidden, 8, 8), latents, atol=1e-6)
+    np.testing.assert_allclose(model.patch_decoder(hidden, skips, None, 8, 8), latents, atol=1e-6)
     np.testing.assert_allclose(hidden[0, 0, 0, :patch_size], latents[0, 0, 0, :patch_size, 0], atol=1e-6)
 
 

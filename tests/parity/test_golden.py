@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 from tests.parity.golden import Golden, relative_error
 from tests.parity.test_parity import DEFAULT_ROOT, REGISTRY, registered
 
-FOLDERS = ("transfusion/ref_linear", "transfusion/vae_kl")
+FOLDERS = ("transfusion/ref_linear", "transfusion/ref_unet", "transfusion/vae_kl")
 PER_CASE = 4
 
 

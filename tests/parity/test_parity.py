@@ -22,6 +22,7 @@ ROOT = Path(os.environ.get("JAXMM_GOLDENS") or DEFAULT_ROOT).resolve()
 # folder pattern -> {case prefix: comparator}
 REGISTRY = {
     "*/ref_linear*": transfusion.CASES,
+    "*/ref_unet*": transfusion.CASES,
     "*/vae_kl*": vae_kl.CASES,
 }
 

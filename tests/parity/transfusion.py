@@ -1,9 +1,10 @@
-"""Transfusion's reference model, linear codec: every case of a `ref_linear` folder.
+"""Transfusion's reference model: every case of a `ref_linear` or `ref_unet` folder.
 
 The bounds of the golden's README (1e-5, and 5e-5 where the sampler starts at a high t, relative to at least 1) hold
 beside the general one.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -14,6 +15,7 @@ from jaxmm.attention import visible
 from jaxmm.diffusion import ddpm as ddpm_math
 from jaxmm.layers.rotary import rotary_tables
 from jaxmm.models.transfusion import SYSTEM, TransfusionConfig, decode
+from jaxmm.models.transfusion.config import UNetConfig
 from jaxmm.models.transfusion.layout import Picture, arrange, bucket_name
 from jaxmm.models.transfusion.objective import SolverOptions
 from jaxmm.sequence import OPEN, Budget, build_batch
@@ -37,6 +39,16 @@ def config_of(golden, **changes) -> TransfusionConfig:
         image_size=golden.cases["ddpm/x_T"].shape[1:],
         latent_channels=c["latent_channels"],
         patch_size=c["patch_size"],
+        patch_codec=c["patch_encoder"],
+        unet=UNetConfig(
+            channels=tuple(c["unet_channels"]),
+            blocks=c["unet_num_res_blocks"],
+            attention_levels=tuple(c["unet_attention_levels"]),
+            heads=c["unet_attention_heads"],
+            norm=c["unet_norm"],
+            norm_groups=c["unet_norm_groups"],
+            norm_eps=c["unet_norm_eps"],
+        ),
         time_features=c["time_freq_dim"],
         time_width=c["time_embed_dim"],
         time_max_period=c["time_max_period"],
@@ -124,16 +136,19 @@ class Inputs:
         seen = np.asarray(visible(self.tokens.places, self.tokens.intervals))
         return np.where(self.valid[:, :, None], seen, np.eye(self.ids.shape[1], dtype=bool)).astype(np.uint8)
 
-    def losses(self, blueprint, params, times, weights):
+    def losses(self, blueprint, params, times, weights, gradient=False):
+        """(total loss, terms, notes), and with `gradient` the gradient of the total."""
         arguments = [self.by_bucket(x) for x in (self.latents, self.noise, times)]
 
-        @jax.jit
         def run(params):
             terms, notes = blueprint.bind(params).loss_at(self.batch, *arguments)
             return sum(weights[name] * term.value() for name, term in terms.items()), (terms, notes)
 
-        (total, (terms, notes)), gradient = jax.value_and_grad(run, has_aux=True)(params)
-        return total, terms, notes, gradient
+        if not gradient:
+            total, (terms, notes) = jax.jit(run)(params)
+            return total, terms, notes
+        (total, (terms, notes)), found = jax.jit(jax.value_and_grad(run, has_aux=True))(params)
+        return total, terms, notes, found
 
     def per_image(self, notes, name):
         """One of the notes {name/bucket: [B, N, ...]} as a list, one array per image."""
@@ -189,9 +204,8 @@ def train(golden):
     tables = rotary_tables(golden.cases["train/position_ids"][:1], config.transformer.head_size, config.rope_theta)
     golden.check("train/rope_cos", tables[0][0], suggested=CLOSE)
     golden.check("train/rope_sin", tables[1][0], suggested=CLOSE)
-    total, terms, notes, gradient = inputs.losses(
-        blueprint, params, golden.cases["train/timesteps"], weights_of(golden)
-    )
+    times = golden.cases["train/timesteps"]
+    total, terms, notes, gradient = inputs.losses(blueprint, params, times, weights_of(golden), gradient=True)
     for name in ("time_sinusoid", "time_embed"):
         golden.check(f"train/{name}", np.stack(inputs.per_image(notes, name)), suggested=CLOSE)
     named = dict(patch_embeds="patch_embeds", x_t="noised", eps_pred="prediction")
@@ -207,7 +221,7 @@ def variant(golden, case, **changes):
     """The training batch under another option."""
     config, blueprint, params, _ = model_of(golden, **changes)
     inputs = Inputs(golden, "train", config)
-    total, terms, notes, _ = inputs.losses(blueprint, params, golden.cases["train/timesteps"], weights_of(golden))
+    total, terms, notes = inputs.losses(blueprint, params, golden.cases["train/timesteps"], weights_of(golden))
     named = dict(eps_pred="prediction")
     if golden.cases.names(f"{case}/patch_embeds/"):
         named["patch_embeds"] = "patch_embeds"
@@ -224,11 +238,15 @@ def post_linear(golden):
     variant(golden, "post_linear", time_injection="post_linear")
 
 
+def norm_group(golden):
+    variant(golden, "norm_group", unet=dataclasses.replace(config_of(golden).unet, norm="group"))
+
+
 def packed(golden):
     config, blueprint, params, _ = model_of(golden)
     inputs = Inputs(golden, "packed", config)
     compare_layout(golden, "packed", inputs)
-    total, terms, notes, _ = inputs.losses(blueprint, params, golden.cases["packed/timesteps"], weights_of(golden))
+    total, terms, notes = inputs.losses(blueprint, params, golden.cases["packed/timesteps"], weights_of(golden))
     compare_losses(golden, "packed", inputs, total, terms, notes, eps_pred="prediction")
     valid, starts = inputs.tokens.places >= 0, inputs.tokens.positions == 0
     golden.check("packed/doc_ids", np.where(valid, np.cumsum(starts & valid, axis=1), 0))
@@ -237,7 +255,7 @@ def packed(golden):
 def flow(golden):
     config, blueprint, params, _ = model_of(golden, objective="flow")
     inputs = Inputs(golden, "train", config)
-    total, terms, notes, _ = inputs.losses(blueprint, params, golden.cases["flow/t"], weights_of(golden))
+    total, terms, notes = inputs.losses(blueprint, params, golden.cases["flow/t"], weights_of(golden))
     named = dict(x_t="noised", v_target="target", v_pred="prediction")
     compare_losses(golden, "flow", inputs, total, terms, notes, "flow_loss", **named)
 
@@ -293,18 +311,23 @@ def sample(golden, case, *, image=None, objective="ddpm", **options):
     @jax.jit
     def run(params):
         model = blueprint.bind(params)
-        t = jnp.full((1, 1), 0.0 if indices is None else indices[0], jnp.float32)
-        first = [decode.predict_image(model, r, noise, t, active)[0] for r in (rows, guide)]
-        states = decode.draw_latents(model, rows, guide, noise, lambda i: fresh[i], active, options, indices)[1]
-        return first, states
+        return decode.draw_latents(model, rows, guide, noise, lambda i: fresh[i], active, options, indices)[1]
 
-    (cond, uncond), states = run(params)
     bound = 5e-5 if options.clip is not None else CLOSE
+    golden.check(f"{case}/trajectory", chw(run(params)[:, 0, 0]), suggested=bound)
+    if not cases.names(f"{case}/first_eps"):
+        return
+
+    @jax.jit
+    def predict(params, rows):
+        t = jnp.full((1, 1), indices[0], jnp.float32)
+        return decode.predict_image(blueprint.bind(params), rows, noise, t, active)[0]
+
+    cond, uncond = predict(params, rows), predict(params, guide)
     guided = uncond + scale * (cond - uncond)
     for name, ours in (("first_eps_cond", cond), ("first_eps_uncond", uncond), ("first_eps", guided)):
         if f"{case}/{name}" in cases:
             golden.check(f"{case}/{name}", chw(ours[0, 0]), suggested=CLOSE)
-    golden.check(f"{case}/trajectory", chw(states[:, 0, 0]), suggested=bound)
 
 
 def ddpm(golden):
@@ -367,5 +390,5 @@ def after_image(golden):
     greedy(golden, "after_image", golden.cases["after_image/image"])
 
 
-_COMPARATORS = (train, causal, post_linear, packed, flow, schedule, ddpm, ddpm_clip, ddim, flow_euler, edit)
+_COMPARATORS = (train, causal, post_linear, norm_group, packed, flow, schedule, ddpm, ddpm_clip, ddim, flow_euler, edit)
 CASES = {f.__name__: f for f in (*_COMPARATORS, text, caption, after_image)}

@@ -8,7 +8,7 @@ import optax
 import pytest
 
 from jaxmm.layers.parameters import Policy
-from jaxmm.models.transfusion import SYSTEM
+from jaxmm.models.transfusion import SYSTEM, UNetConfig
 from jaxmm.sharding import make_mesh, rows_sharding
 from jaxmm.training.state import StateMaker
 from jaxmm.training.step import make_loss, make_step
@@ -17,12 +17,19 @@ from tests import tiny
 MESHES = {"fsdp": dict(fsdp=8), "fsdp x tensor": dict(fsdp=4, tensor=2), "fsdp x context": dict(fsdp=4, context=2)}
 
 
-def run(mesh):
+MODELS = {
+    "linear": tiny.CONFIG,
+    "unet": tiny.config(patch_codec="unet", unet=UNetConfig((8, 16), blocks=1, heads=2), remat="full"),
+}
+SLOW = {"unet": pytest.mark.slow}
+
+
+def run(mesh, config=tiny.CONFIG):
     """(loss, gradients, parameters after a step, state) on a mesh."""
-    blueprint = SYSTEM.blueprint(tiny.CONFIG)
+    blueprint = SYSTEM.blueprint(config)
     optimizer = optax.adamw(1e-3)
     maker = StateMaker(blueprint, optimizer, (), mesh, Policy())
-    weights = SYSTEM.term_weights(tiny.CONFIG)
+    weights = SYSTEM.term_weights(config)
     batch = jax.device_put(tiny.batch(), rows_sharding(mesh, 8))
     key = jax.random.key(1)
     with jax.set_mesh(mesh):
@@ -34,14 +41,15 @@ def run(mesh):
 
 
 @functools.cache
-def on_one_device():
-    return run(make_mesh(devices=jax.devices()[:1]))
+def on_one_device(model):
+    return run(make_mesh(devices=jax.devices()[:1]), MODELS[model])
 
 
+@pytest.mark.parametrize("model", [pytest.param(model, marks=SLOW.get(model, ())) for model in MODELS])
 @pytest.mark.parametrize("name", MESHES)
-def test_step_equals_single_device(name):
-    total, gradient, after, metrics = run(make_mesh(**MESHES[name]))
-    expected_total, expected_gradient, expected_after, expected_metrics = on_one_device()
+def test_step_equals_single_device(name, model):
+    total, gradient, after, metrics = run(make_mesh(**MESHES[name]), MODELS[model])
+    expected_total, expected_gradient, expected_after, expected_metrics = on_one_device(model)
     np.testing.assert_allclose(total, expected_total, rtol=1e-5)
     np.testing.assert_allclose(metrics["loss"], expected_metrics["loss"], rtol=1e-5)
     for path, expected in expected_gradient.items():

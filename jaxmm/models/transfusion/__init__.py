@@ -2,7 +2,8 @@
 
 config.py    sizes and presets
 layout.py    documents and prompts as tokens
-codec.py     latent patches <-> hidden states
+codec.py     latent patches <-> hidden states, linear
+unet.py      the same by a U-Net
 objective.py DDPM and flow matching
 model.py     the network and its losses
 decode.py    text until BOI, an image, text again
@@ -11,12 +12,14 @@ weights.py   the keys of the reference checkpoint
 
 from jaxmm.layers.parameters import Blueprint
 from jaxmm.models.system import System
-from jaxmm.models.transfusion.config import PRESETS, TransfusionConfig
+from jaxmm.models.transfusion.config import PRESETS, TransfusionConfig, UNetConfig
 from jaxmm.models.transfusion.decode import TransfusionDecoder
 from jaxmm.models.transfusion.layout import Recipe, TransfusionLayouts
 from jaxmm.models.transfusion.model import Transfusion
 from jaxmm.models.transfusion.objective import SolverOptions
 from jaxmm.models.transfusion.weights import weights_table
+
+__all__ = ["PRESETS", "SYSTEM", "Recipe", "SolverOptions", "Transfusion", "TransfusionConfig", "UNetConfig"]
 
 
 def _blueprint(config: TransfusionConfig) -> Blueprint:

@@ -18,8 +18,8 @@ from jaxmm.attention import KVCache
 from jaxmm.diffusion import guidance
 from jaxmm.layers.parameters import Blueprint, Params
 from jaxmm.models.transfusion.config import TransfusionConfig
-from jaxmm.models.transfusion.layout import arrange
-from jaxmm.models.transfusion.model import STREAM, Noised, Transfusion
+from jaxmm.models.transfusion.layout import unconditional_prompt
+from jaxmm.models.transfusion.model import STREAM, Noised, Patches, Transfusion
 from jaxmm.models.transfusion.objective import SolverOptions, check_solver, make_objective
 from jaxmm.sequence import OPEN, Batch, Budget, ImageSet, Intervals, Layout, Tokens, build_batch
 from jaxmm.transformer import TokenSampler
@@ -32,12 +32,13 @@ class Rows(NamedTuple):
 
     Attributes:
       cache: keys and values of all that was read.
-      place: int32 [B], of the next token of each row.
+      place, position: int32 [B], of the next token of each row.
       logits: float32 [B, V], for the next token.
     """
 
     cache: KVCache
     place: Int[Array, "B"]
+    position: Int[Array, "B"]
     logits: Float[Array, "B V"]
 
 
@@ -53,29 +54,36 @@ def read(model: Transfusion, batch: Batch, slots: int, dtype=jnp.float32) -> Row
     output, _ = model(batch, images, cache, dtype)
     last = jnp.argmax(tokens.places, axis=1)
     logits = jnp.take_along_axis(output.logits, last[:, None, None], axis=1)[:, 0]
-    return Rows(output.cache.keep(tokens.length), jnp.max(tokens.places, axis=1) + 1, logits)
+    position = jnp.take_along_axis(tokens.positions, last[:, None], axis=1)[:, 0] + 1
+    return Rows(output.cache.keep(tokens.length), jnp.max(tokens.places, axis=1) + 1, position, logits)
 
 
 def append(model: Transfusion, rows: Rows, ids: Int[Array, "B"], active: Bool[Array, "B"], dtype=jnp.float32) -> Rows:
     """Write one token behind each active row."""
-    batch = Batch({STREAM: _new_tokens(rows, ids[:, None], active, causal=True)}, {})
+    batch = Batch({STREAM: _new_tokens(rows, ids[:, None], active)}, {})
     output, _ = model(batch, {}, rows.cache, dtype)
     logits = jnp.where(active[:, None], output.logits[:, 0], rows.logits)
-    return Rows(output.cache.keep(1), rows.place + active, logits)
+    return Rows(output.cache.keep(1), rows.place + active, rows.position + active, logits)
 
 
 def predict_image(
     model: Transfusion, rows: Rows, latents: Float[Array, "B 1 H W C"], time: Array, active: Array, dtype=jnp.float32
 ) -> tuple[Float[Array, "B 1 H W C"], KVCache]:
     """One evaluation of the network for an image behind each active row; the cache holds its keys, not kept."""
+    return predict_patches(model, rows, model.encode_patches(Noised(latents, time), dtype)[0], active, dtype)
+
+
+def predict_patches(
+    model: Transfusion, rows: Rows, patches: Patches, active: Bool[Array, "B"], dtype=jnp.float32
+) -> tuple[Float[Array, "B 1 H W C"], KVCache]:
+    """As `predict_image`, of an image that is behind the patch encoder."""
     c = model.config
-    b, _, height, width, _ = latents.shape
-    count = (height // c.patch_size) * (width // c.patch_size)
-    tokens = _new_tokens(rows, jnp.full((b, count), c.pad_id, jnp.int32), active, causal=not c.bidirectional)
+    b, _, count, _ = patches.values.shape
+    tokens = _new_tokens(rows, jnp.full((b, count), c.pad_id, jnp.int32), active, image=c)
     slot = jnp.where(active, 0, -1)[:, None]
     nothing = jnp.zeros((b, 1))
-    images = {"image": ImageSet(latents, slot, slot, nothing, nothing)}
-    output, _ = model(Batch({STREAM: tokens}, images), {"image": Noised(latents, time)}, rows.cache, dtype)
+    images = {"image": ImageSet(None, slot, slot, nothing, nothing)}
+    output, _ = model.read(Batch({STREAM: tokens}, images), {"image": patches}, rows.cache, dtype)
     return output.predictions["image"], output.cache
 
 
@@ -89,8 +97,10 @@ def draw_latents(
     options: SolverOptions,
     indices=None,
     dtype=jnp.float32,
-) -> tuple[Float[Array, "B 1 H W C"], Array]:
+) -> tuple[Float[Array, "B 1 H W C"], Array, Noised]:
     """Denoise an image behind each active row; each step overwrites the last one's patches.
+
+    In each step the image is encoded once, for both branches of guidance: they differ in their text alone.
 
     Args:
       model, rows: the network and what it has read.
@@ -101,27 +111,35 @@ def draw_latents(
       options, indices: see `objective.DDPM.solve`.
 
     Returns:
-      latents, and the state after each step [steps, B, 1, H, W, C].
+      latents, the state after each step [steps, B, 1, H, W, C], and what the last evaluation saw.
     """
     both = rows if guide is None else join(rows, guide)
     copies = 1 if guide is None else 2
     active = jnp.tile(active, copies)
 
     def predict(x, t):
-        x, t = jnp.tile(x, (copies, 1, 1, 1, 1)), jnp.tile(t, (copies, 1))
-        prediction, _ = predict_image(model, both, x, t, active, dtype)
+        patches, _ = model.encode_patches(Noised(x, t), dtype)
+        patches = jax.tree.map(lambda y: jnp.tile(y, (copies, *[1] * (y.ndim - 1))), patches)
+        prediction, _ = predict_patches(model, both, patches, active, dtype)
         return prediction if guide is None else guidance.classifier_free(*jnp.split(prediction, 2), options.guidance)
 
-    return make_objective(model.config).solve(predict, noise, fresh_noise, options, indices)
+    latents, states, times = make_objective(model.config).solve(predict, noise, fresh_noise, options, indices)
+    last = states[-2] if len(states) > 1 else noise
+    return latents, states, Noised(last, jnp.full(noise.shape[:2], times[-1]))
 
 
-def keep_image(model: Transfusion, rows: Rows, latents: Array, active: Array, dtype=jnp.float32) -> Rows:
-    """Write a clean image and EOI behind each active row."""
+def keep_image(
+    model: Transfusion, rows: Rows, latents: Array, active: Array, dtype=jnp.float32, time: Array | None = None
+) -> Rows:
+    """Write an image and EOI behind each active row; it is clean unless `time` [B, 1] says otherwise."""
     c = model.config
-    clean = jnp.full(latents.shape[:2], make_objective(c).clean, jnp.float32)
-    _, cache = predict_image(model, rows, latents, clean, active, dtype)
-    count = (latents.shape[2] // c.patch_size) * (latents.shape[3] // c.patch_size)
-    rows = Rows(cache.keep(count), rows.place + count * active, rows.logits)
+    if time is None:
+        time = jnp.full(latents.shape[:2], make_objective(c).clean, jnp.float32)
+    patches, _ = model.encode_patches(Noised(latents, time), dtype)
+    _, cache = predict_patches(model, rows, patches, active, dtype)
+    count = patches.values.shape[2]
+    taken = count if c.image_positions == "counter" else 1
+    rows = Rows(cache.keep(count), rows.place + count * active, rows.position + taken * active, rows.logits)
     return append(model, rows, jnp.full(active.shape, c.eoi_id, jnp.int32), active, dtype)
 
 
@@ -166,17 +184,23 @@ def join(rows: Rows, guide: Rows) -> Rows:
         Intervals(*(jnp.concatenate(pair) for pair in zip(a.intervals, b.intervals))),
         jnp.maximum(a.used, b.used),
     )
-    return Rows(cache, jnp.concatenate([rows.place, guide.place]), jnp.concatenate([rows.logits, guide.logits]))
+    return Rows(cache, *(jnp.concatenate(pair) for pair in zip(rows[1:], guide[1:])))
 
 
-def _new_tokens(rows: Rows, ids: Int[Array, "B L"], active: Bool[Array, "B"], *, causal: bool) -> Tokens:
-    """Tokens that follow each row; those of an image (not `causal`) all see each other."""
-    places = rows.place[:, None] + jnp.arange(ids.shape[1])
-    start = places if causal else jnp.broadcast_to(rows.place[:, None], places.shape)
+def _new_tokens(
+    rows: Rows, ids: Int[Array, "B L"], active: Bool[Array, "B"], *, image: TransfusionConfig | None = None
+) -> Tokens:
+    """Tokens that follow each row: text, or one image of a model of the config `image`."""
+    count = jnp.arange(ids.shape[1])
+    places, positions = rows.place[:, None] + count, rows.position[:, None] + count
+    if image is not None and image.image_positions == "shared":
+        positions = jnp.broadcast_to(rows.position[:, None], positions.shape)
+    together = image is not None and image.bidirectional
+    start = jnp.broadcast_to(rows.place[:, None], places.shape) if together else places
     here = active[:, None]
     intervals = Intervals(jnp.where(here, start, 0), jnp.where(here, jnp.full_like(places, OPEN), 0))
     none = jnp.zeros_like(ids)
-    return Tokens(ids, jnp.where(here, places, -1), intervals, places, none, none)
+    return Tokens(ids, jnp.where(here, places, -1), intervals, positions, none, none)
 
 
 class TransfusionDecoder:
@@ -205,8 +229,8 @@ class TransfusionDecoder:
             return self._draw(bind(params), rows, guide, keys, active, options)
 
         @jax.jit
-        def keep_(params, rows, latents, active):
-            return keep_image(bind(params), rows, latents, active, dtype)
+        def keep_(params, rows, latents, active, time):
+            return keep_image(bind(params), rows, latents, active, dtype, time)
 
         self._read, self._write, self._image, self._keep = read_, write_, draw_, keep_
 
@@ -235,6 +259,8 @@ class TransfusionDecoder:
         slots = _padded(max(p.length for p in [*prompts, *unconditional])) + self._patches
         rows = self._read(params, place(prompt_batch(self.config, prompts)), slots)
         guide = None
+        if self.config.null_id is not None:
+            unconditional = [unconditional_prompt(self.config, prompt) for prompt in prompts]
         if options.guidance != 1:
             guide = self._read(params, place(prompt_batch(self.config, unconditional)), slots)
         return np.asarray(self._image(params, rows, guide, keys, jnp.ones(len(prompts), bool), options)[1])
@@ -252,7 +278,7 @@ class TransfusionDecoder:
         c = self.config
         slots = _padded(max(p.length for p in prompts)) + limit
         rows = self._read(params, place(prompt_batch(c, prompts)), slots)
-        sampler = dataclasses.replace(sampler, suppress=(*sampler.suppress, c.boi_id, c.eoi_id))
+        sampler = dataclasses.replace(sampler, suppress=(*sampler.suppress, c.boi_id, *c.unwritten))
         _, ids = self._write(params, rows, keys, jnp.ones(len(prompts), bool), limit, sampler, (c.eos_id,))
         return [[int(i) for i in row if i not in (-1, c.eos_id)] for row in np.asarray(ids)]
 
@@ -281,9 +307,9 @@ class TransfusionDecoder:
         check_solver(make_objective(c), options)
         slots = _padded(max(p.length for p in prompts)) + (images + 1) * limit + images * (self._patches + 1)
         rows = self._read(params, place(prompt_batch(c, prompts)), slots)
-        empty = [arrange(c, [c.bos_id, c.boi_id], end=OPEN)] * len(prompts)
+        empty = [unconditional_prompt(c, prompt) for prompt in prompts]
         guide = self._read(params, place(prompt_batch(c, empty)), slots) if options.guidance != 1 else None
-        sampler = dataclasses.replace(sampler, suppress=(*sampler.suppress, c.eoi_id))
+        sampler = dataclasses.replace(sampler, suppress=(*sampler.suppress, *c.unwritten))
         parts, active = [[] for _ in prompts], np.ones(len(prompts), bool)
         for turn in range(images + 1):
             closed = (c.boi_id,) if turn == images else ()
@@ -295,8 +321,9 @@ class TransfusionDecoder:
             if not active.any():
                 break
             turn_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, turn)
-            latents, pixels = self._image(params, rows, guide, turn_keys, jnp.asarray(active), options)
-            rows = self._keep(params, rows, latents, jnp.asarray(active))
+            latents, pixels, last = self._image(params, rows, guide, turn_keys, jnp.asarray(active), options)
+            seen, time = last if options.remember == "last" else (latents, None)
+            rows = self._keep(params, rows, seen, jnp.asarray(active), time)
             for row, image, on in zip(parts, np.asarray(pixels), active):
                 row += [image, c.eoi_id] if on else []
         return parts
@@ -312,10 +339,10 @@ class TransfusionDecoder:
         def normal(number):
             return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, number), shape))(keys)
 
-        latents, _ = draw_latents(
+        latents, _, last = draw_latents(
             model, rows, guide, normal(0), lambda step: normal(step + 1), active, options, dtype=self.dtype
         )
-        return latents, model.codec.decode(latents[:, 0])[0]
+        return latents, model.codec.decode(latents[:, 0])[0], last
 
 
 def prompt_batch(c: TransfusionConfig, prompts: list[Layout]) -> Batch:

@@ -70,17 +70,17 @@ class TransfusionLayouts:
         """A document to learn from: a caption and its image in either order, or any other sequence as it stands."""
         c, segments = self.config, list(document.segments)
         chances = rng.random(2)
-        limit = 1.0
+        limit, dropped = 1.0, False
         if sorted(isinstance(s, Text) for s in segments) == [False, True]:
             segments.sort(key=lambda s: isinstance(s, Text) == (chances[0] < self.recipe.image_first))
-            if isinstance(segments[0], Text) and chances[1] < self.recipe.caption_dropout:
-                segments = segments[1:]
-            elif not isinstance(segments[0], Text):
+            dropped = isinstance(segments[0], Text) and chances[1] < self.recipe.caption_dropout
+            if not isinstance(segments[0], Text):
                 limit = self.recipe.noise_limit
         parts = [c.bos_id]
         for segment in segments:
             if isinstance(segment, Text):
-                parts += self.tokenizer.encode(segment.text)
+                ids = self.tokenizer.encode(segment.text)
+                parts += _null(c, len(ids)) if dropped else ids
             else:
                 parts += self._picture(segment, limit)
         return arrange(c, [*parts, c.eos_id], example=document.example, name=document.name)
@@ -159,7 +159,7 @@ def moments_name(shape: Sequence[int]) -> str:
 def arrange(
     c: TransfusionConfig, parts: Sequence[int | Picture], *, end: int | None = None, example: int = 0, name: str = ""
 ) -> Layout:
-    """Lay out ids and pictures one behind the other; places and positions count all elements.
+    """Lay out ids and pictures one behind the other; places count all elements.
 
     Args:
       c: of the model.
@@ -172,14 +172,17 @@ def arrange(
     """
     sizes = [part.patches(c) if isinstance(part, Picture) else 1 for part in parts]
     length = sum(sizes)
-    end = length if end is None else end
+    if end is None:
+        end = length if c.document_mask else OPEN
     ids, in_image = np.full(length, c.pad_id, np.int32), np.zeros(length, bool)
-    bounds, images, place = [], [], 0
+    bounds, images, place, positions = [], [], 0, np.ones(length, np.int32)
     for part, size in zip(parts, sizes):
         if isinstance(part, Picture):
             spread = together if c.bidirectional else causal
             bounds.append(spread(place, place + size, end))
             in_image[place : place + size] = True
+            if c.image_positions == "shared":
+                positions[place + 1 : place + size] = 0
             bucket = part.bucket or bucket_name(part.values.shape)
             images.append(
                 ImageSlot(
@@ -193,12 +196,35 @@ def arrange(
     labels, weights = _labels(c, ids, in_image)
     intervals = Intervals(*(np.concatenate(b) for b in zip(*bounds)))
     places = np.arange(length, dtype=np.int32)
-    stream = StreamLayout(ids, places, intervals, places, labels, weights)
-    return Layout({"tokens": stream}, tuple(images), length, example, name)
+    positions = np.cumsum(positions, dtype=np.int32) - 1
+    stream = StreamLayout(ids, places, intervals, positions, labels, weights)
+    return Layout({"tokens": stream}, tuple(images), length, example, name, continues=not c.document_mask)
+
+
+def unconditional_prompt(c: TransfusionConfig, prompt: Layout) -> Layout:
+    """What guidance goes on from instead of a prompt: `BOS BOI`, or with `null_id` the prompt, each word replaced."""
+    if c.null_id is None:
+        return arrange(c, [c.bos_id, c.boi_id], end=OPEN)
+    ids, kept = prompt.streams["tokens"].ids, (c.bos_id, c.eos_id, c.boi_id, c.eoi_id)
+    parts, start = [], 0
+    pictures = {image.slot: Picture(image.values, image.noise_limit, image.weight) for image in prompt.images}
+    while start < len(ids):
+        picture, token = pictures.get(start), int(ids[start])
+        parts.append(picture or (token if token in kept else c.null_id))
+        start += c.patches(*picture.values.shape[:2]) if picture else 1
+    if parts[-1] != c.boi_id:
+        parts.append(c.boi_id)
+    return arrange(c, parts, end=OPEN, name=prompt.name)
+
+
+def _null(c: TransfusionConfig, count: int) -> list[int]:
+    """A dropped caption of so many words."""
+    return [] if c.null_id is None else [c.null_id] * count
 
 
 def _labels(c: TransfusionConfig, ids: np.ndarray, in_image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Next-token labels and their weights: none at patches, at BOI, before a patch, or at the end."""
+    """Next-token labels and their weights: none at patches, at BOI, before a patch or a dropped word, or at the end."""
     labels = np.append(ids[1:], np.int32(0)).astype(np.int32)
     counted = ~in_image & ~np.append(in_image[1:], True) & (ids != c.boi_id)
+    counted &= labels != (-1 if c.null_id is None else c.null_id)
     return np.where(counted, labels, 0).astype(np.int32), counted.astype(np.float32)

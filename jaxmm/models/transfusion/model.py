@@ -1,5 +1,6 @@
 """The network and its losses (specification sections 2 and 5)."""
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -14,13 +15,15 @@ from jaxmm.layers.linear import Embedding, Head, gather_rows, scatter_rows
 from jaxmm.layers.losses import Mean, cross_entropy, weighted
 from jaxmm.layers.parameters import normal
 from jaxmm.layers.timestep import TimestepEmbedding
-from jaxmm.models.transfusion.codec import LinearPatchDecoder, LinearPatchEncoder
+from jaxmm.models.transfusion.codec import GridPositions, LinearPatchDecoder, LinearPatchEncoder
 from jaxmm.models.transfusion.config import TransfusionConfig
 from jaxmm.models.transfusion.objective import make_objective
+from jaxmm.models.transfusion.unet import UNetPatchDecoder, UNetPatchEncoder
 from jaxmm.sequence import Batch, ImageSet
 from jaxmm.transformer import Transformer
 
 STREAM = "tokens"  # Transfusion has a single stream
+PATCH_CODECS = {"linear": (LinearPatchEncoder, LinearPatchDecoder), "unet": (UNetPatchEncoder, UNetPatchDecoder)}
 
 
 class Noised(NamedTuple):
@@ -28,6 +31,25 @@ class Noised(NamedTuple):
 
     latents: Array
     time: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Patches:
+    """The images of one bucket behind the patch encoder; rows are the first axis of every array.
+
+    Attributes:
+      values: [B, N, P, D], what the transformer reads.
+      skips: what goes past the transformer to the patch decoder.
+      time: float32 [B, N, E], the embedded times.
+      height, width: of the latents.
+    """
+
+    values: Array
+    skips: tuple[Array, ...]
+    time: Array
+    height: int = dataclasses.field(metadata=dict(static=True))
+    width: int = dataclasses.field(metadata=dict(static=True))
 
 
 class Output(NamedTuple):
@@ -53,9 +75,10 @@ class Transfusion(nnx.Module):
         self.embed = Embedding(c.vocab_size, c.width, init=init, rngs=rngs)
         self.transformer = Transformer(c.transformer, rngs=rngs)
         self.head = None if c.tie_embeddings else Head(c.width, c.vocab_size, init=init, rngs=rngs)
-        self.time = TimestepEmbedding(c.time_features, c.time_width or c.width, max_period=c.time_max_period, rngs=rngs)
-        self.patch_encoder = LinearPatchEncoder(c, rngs=rngs)
-        self.patch_decoder = LinearPatchDecoder(c, rngs=rngs)
+        self.time = TimestepEmbedding(c.time_features, c.time_size, max_period=c.time_max_period, rngs=rngs)
+        encoder, decoder = PATCH_CODECS[c.patch_codec]
+        self.patch_encoder, self.patch_decoder = encoder(c, rngs=rngs), decoder(c, rngs=rngs)
+        self.grid_positions = None if c.grid_positions == "none" else GridPositions(c, rngs=rngs)
         self.codec = Identity(c.latent_channels) if c.codec is None else KLAutoencoder(c.codec, rngs=rngs)
 
     def __call__(
@@ -69,19 +92,34 @@ class Transfusion(nnx.Module):
           cache: keys of what came before each row.
           dtype: the format of the activations.
         """
-        objective, tokens = make_objective(self.config), batch.streams[STREAM]
-        hidden, notes = self.embed(tokens.ids, dtype), {}
-        for bucket, noised in images.items():
-            time, timed = self.time(objective.network_time(noised.time))
-            patches = self.patch_encoder(noised.latents, time, dtype)
-            index = _patch_index(batch.images[bucket], patches.shape[2])
-            hidden = scatter_rows(hidden, index, patches.reshape(len(index), -1, patches.shape[-1]))
-            notes |= {f"{name}/{bucket}": x for name, x in timed.items()} | {f"patch_embeds/{bucket}": patches}
-        notes["inputs_embeds"] = hidden
+        made = {bucket: self.encode_patches(noised, dtype) for bucket, noised in images.items()}
+        output, notes = self.read(batch, {bucket: patches for bucket, (patches, _) in made.items()}, cache, dtype)
+        return output, notes | {f"{name}/{bucket}": x for bucket, (_, more) in made.items() for name, x in more.items()}
+
+    def encode_patches(self, noised: Noised, dtype=jnp.float32) -> tuple[Patches, dict[str, Array]]:
+        """Noised images to patches: they depend on latents and times alone, not on the text."""
+        time, notes = self.time(make_objective(self.config).network_time(noised.time))
+        values, skips = self.patch_encoder(noised.latents, time, dtype)
+        height, width = noised.latents.shape[2:4]
+        if self.grid_positions is not None:
+            rows, columns = height // self.config.patch_size, width // self.config.patch_size
+            values = values + self.grid_positions(rows, columns).reshape(rows * columns, -1).astype(dtype)
+        return Patches(values, skips, time, height, width), notes | {"patch_embeds": values}
+
+    def read(
+        self, batch: Batch, images: dict[str, Patches], cache: KVCache | None = None, dtype=jnp.float32
+    ) -> tuple[Output, dict[str, Array]]:
+        """As a call, with images behind the patch encoder."""
+        tokens = batch.streams[STREAM]
+        hidden = self.embed(tokens.ids, dtype)
+        for bucket, patches in images.items():
+            index = _patch_index(batch.images[bucket], patches.values.shape[2])
+            hidden = scatter_rows(hidden, index, patches.values.reshape(*index.shape, -1))
+        notes = {"inputs_embeds": hidden}
         hidden, cache, more = self.transformer({STREAM: hidden}, batch.streams, cache)
         final = hidden[STREAM]
         logits = self.embed.attend(final) if self.head is None else self.head(final)
-        predictions = {bucket: self._predict(final, batch.images[bucket], x.latents) for bucket, x in images.items()}
+        predictions = {bucket: self._predict(final, batch.images[bucket], x) for bucket, x in images.items()}
         return Output(logits, predictions, cache), notes | more | {"final_hidden": final}
 
     def loss(self, batch: Batch, key: jax.Array, dtype=jnp.float32) -> tuple[dict[str, Mean], dict[str, Array]]:
@@ -94,7 +132,8 @@ class Transfusion(nnx.Module):
         for bucket, images in batch.images.items():
             data[bucket] = self.encode(images, keys["posterior"])
             noise[bucket] = timesteps.normal_per_example(keys["noise"], images.example, data[bucket].shape[2:])
-            times[bucket] = make_objective(self.config).draw_time(keys["time"], images.example, images.noise_limit)
+            limit = jnp.minimum(images.noise_limit, self.config.max_noise)
+            times[bucket] = make_objective(self.config).draw_time(keys["time"], images.example, limit)
         return self.loss_at(batch, data, noise, times, dtype)
 
     def loss_at(
@@ -135,11 +174,10 @@ class Transfusion(nnx.Module):
         latents = self.codec.draw(flat, noise) if cached else self.codec.encode(flat, noise)[0]
         return jax.lax.stop_gradient(latents.reshape(b, n, *size).astype(jnp.float32))
 
-    def _predict(self, hidden: Array, images: ImageSet, latents: Array) -> Float[Array, "B N H W C"]:
-        b, n, height, width, _ = latents.shape
-        count = (height // self.config.patch_size) * (width // self.config.patch_size)
-        patches = gather_rows(hidden, _patch_index(images, count))
-        return self.patch_decoder(patches.reshape(b, n, count, -1), height, width)
+    def _predict(self, hidden: Array, images: ImageSet, patches: Patches) -> Float[Array, "B N H W C"]:
+        b, n, count, _ = patches.values.shape
+        found = gather_rows(hidden, _patch_index(images, count)).reshape(b, n, count, -1)
+        return self.patch_decoder(found, patches.skips, patches.time, patches.height, patches.width)
 
 
 def _patch_index(images: ImageSet, patches: int) -> Array:
