@@ -177,15 +177,28 @@ def parameters_of(preset):
     return SYSTEM.blueprint(PRESETS[preset]).parameters
 
 
-@pytest.mark.parametrize(
-    "sizes", [dict(fsdp=8), dict(fsdp=64), dict(fsdp=256), dict(fsdp=64, tensor=4), dict(fsdp=16, tensor=4)], ids=str
-)
+MESHES = [dict(fsdp=8), dict(fsdp=64), dict(fsdp=64, tensor=4), dict(fsdp=16, tensor=4), dict(data=4, fsdp=64)]
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_have_hardly_anything_unsharded(preset, sizes):
     parameters, mesh = parameters_of(preset), abstract_mesh(**sizes)
     whole = unsharded(parameters, mesh)
     assert 0 < sum(whole.values()) <= 0.02 * sum(spec.size for spec in parameters.values())
     check_unsharded(parameters, mesh)
+
+
+def test_256_shards_are_too_many_for_the_channels_of_a_small_u_net_only():
+    """Its levels have 64 to 960 channels; the widths of the transformers are multiples of 256."""
+    for preset in PRESETS:
+        if preset in ("0.16b-unet", "0.37b-unet", "0.76b-unet-patch4"):
+            with pytest.raises(
+                InputError, match=r"'fsdp': 256.* of .* parameters .*patch_decoder.*take a smaller fsdp"
+            ):
+                check_unsharded(parameters_of(preset), abstract_mesh(fsdp=256))
+        else:
+            check_unsharded(parameters_of(preset), abstract_mesh(fsdp=256))
 
 
 def test_what_is_unsharded_is_told_by_name():
