@@ -28,7 +28,7 @@ DIGITS = str(ROOT / "experiments" / "digits" / "transfusion.py")
 ABLATIONS = str(ROOT / "experiments" / "transfusion" / "ablations.py")
 # argument -> what it changes of the digits' config
 CHANGES = {
-    "": {},
+    "": set(),
     "unet": {"model.patch_codec", "model.unet.channels", "model.unet.heads"},
     "causal": {"model.bidirectional"},
     "patch1": {"model.patch_size", "model.context", "data.tokens"},

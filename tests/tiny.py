@@ -2,10 +2,12 @@
 
 import dataclasses
 
+import jax.numpy as jnp
 import numpy as np
 
 from jaxmm.data.sources import DIGIT_NAMES
 from jaxmm.data.tokenizers import word_tokenizer
+from jaxmm.layers.parameters import Blueprint, Params
 from jaxmm.models.transfusion import SYSTEM, TransfusionConfig
 from jaxmm.sequence import Batch, Budget, Document, Image, Text, build_batch
 
@@ -33,6 +35,15 @@ BUDGET = Budget({"tokens": 64}, {"8x8": (3, (8, 8, 1))})
 def config(**changes) -> TransfusionConfig:
     """The tiny config with changes."""
     return dataclasses.replace(CONFIG, **changes)
+
+
+def random_parameters(blueprint: Blueprint) -> Params:
+    """Every parameter random, so that none hides behind a zero; cheaper than to compile the initialisation."""
+    random = np.random.default_rng(0)
+    return {
+        path: jnp.asarray(random.normal(path.endswith("scale"), 0.2, spec.shape).astype(np.float32))
+        for path, spec in blueprint.parameters.items()
+    }
 
 
 def documents(count: int, seed: int = 0) -> list[Document]:

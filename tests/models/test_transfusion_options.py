@@ -19,11 +19,11 @@ from jaxmm.transformer import TokenSampler
 from tests import tiny
 
 
-def make(seed=0, **changes):
+def make(**changes):
     """(config, blueprint, parameters) of the tiny model with changes."""
     config = tiny.config(**changes)
     blueprint = SYSTEM.blueprint(config)
-    return config, blueprint, jax.jit(blueprint.init)(jax.random.key(seed))
+    return config, blueprint, tiny.random_parameters(blueprint)
 
 
 def picture(seed=0):

@@ -107,19 +107,10 @@ def test_most_of_the_codec_is_cut():
     assert whole < 1e-3 * sum(spec.size for spec in codec.values())
 
 
-def random_parameters(blueprint) -> dict:
-    """Every parameter random, so that none hides behind a zero; cheaper than to compile the initialisation."""
-    random = np.random.default_rng(0)
-    return {
-        path: jnp.asarray(random.normal(path.endswith("scale"), 0.2, spec.shape), jnp.float32)
-        for path, spec in blueprint.parameters.items()
-    }
-
-
 @pytest.fixture(scope="module")
 def network():
     blueprint = SYSTEM.blueprint(CONFIG)
-    return blueprint, random_parameters(blueprint)
+    return blueprint, tiny.random_parameters(blueprint)
 
 
 def image(seed, shape=(2, 3, 8, 8, 1)):
@@ -160,7 +151,7 @@ def test_without_skips_the_latents_reach_the_decoder_through_the_transformer_alo
         out = model.patch_decoder(hidden, patches.skips, patches.time, 8, 8)
         return patches.values, out
 
-    params = random_parameters(blueprint)
+    params = tiny.random_parameters(blueprint)
     first, second = predict(params, image(0)), predict(params, image(2))
     assert np.abs(first[0] - second[0]).max() > 1e-2
     np.testing.assert_array_equal(first[1], second[1])
@@ -233,6 +224,7 @@ def test_drawing_in_a_batch_equals_drawing_alone(network):
     assert np.abs(together[0] - together[1]).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_recomputed_activations_change_no_gradient(network):
     blueprint, params = network
     batch = tiny.batch(rows=2)
