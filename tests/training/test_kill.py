@@ -81,7 +81,7 @@ def kill_at(point, process, workdir, record, draw):
     if point == "write":
         wait_until(lambda: unfinished(workdir), process, every=0.001)
         time.sleep(draw.uniform(0, 0.03))
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     return process.wait()
 
 
