@@ -29,8 +29,9 @@ from jaxmm.errors import InputError
 from jaxmm.paths import is_stacked, layer_path, unstack_layers
 
 FORMAT = 1
-PATIENCE = 10**8  # seconds: Orbax times its saves by the wall clock, which may jump by days while one is written
 Arrays = Mapping[str, Any]  # {path: array or jax.ShapeDtypeStruct}, stacks of layers as in memory
+# Orbax measures its timeouts by the wall clock, which may jump: none within a year, and no waiting for directories.
+_WRITING = ocp.AsyncOptions(timeout_secs=365 * 86400, create_directories_asynchronously=False)
 _UNFINISHED = re.compile(r".+\.orbax-checkpoint-tmp.*|\..+\.\d+")  # Orbax's names, and those of `write_text`
 
 
@@ -48,9 +49,8 @@ class Checkpoints:
 
     def __init__(self, folder: str | os.PathLike, *, keep_last: int = 3, keep_every: int | None = None):
         self.folder = Path(folder).absolute()
-        patience = ocp.options.AsyncOptions(timeout_secs=PATIENCE)
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep_last, keep_period=keep_every, create=True, async_options=patience
+            max_to_keep=keep_last, keep_period=keep_every, create=True, async_options=_WRITING
         )
         try:
             self._manager = ocp.CheckpointManager(self.folder / "checkpoints", options=options)
@@ -133,7 +133,7 @@ def remove_unfinished(folder: Path) -> None:
 
 def save_arrays(folder: Path, arrays: Arrays) -> None:
     """Save arrays once, outside the steps (the frozen parameters)."""
-    with ocp.StandardCheckpointer() as checkpointer:
+    with ocp.StandardCheckpointer(async_options=_WRITING) as checkpointer:
         checkpointer.save(folder.absolute(), _to_disk(arrays), force=True)
 
 

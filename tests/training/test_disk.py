@@ -214,11 +214,14 @@ def test_permissions_at_the_start_and_in_the_middle(tmp_path):
     process = subprocess.Popen(
         options, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, preexec_fn=without_override
     )
-    wait_for_steps(workdir, 6)
-    while not saved_steps(workdir):
-        time.sleep(0.01)
-    (workdir / "checkpoints").chmod(stat.S_IREAD | stat.S_IEXEC)
-    error = process.communicate(timeout=300)[1]
+    try:
+        wait_for_steps(workdir, 6)
+        while not saved_steps(workdir) and process.poll() is None:
+            time.sleep(0.01)
+        (workdir / "checkpoints").chmod(stat.S_IREAD | stat.S_IEXEC)
+        error = process.communicate(timeout=300)[1]
+    finally:
+        process.kill()
     last = saved_steps(workdir)[-1]
     assert process.returncode == 3
     assert said(error) == [

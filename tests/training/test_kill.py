@@ -55,32 +55,33 @@ def unfinished(workdir):
     return list((workdir / "checkpoints").glob("*.orbax-checkpoint-tmp*"))
 
 
-def wait_until(condition, process):
-    """Poll each millisecond; False if the process ended before."""
-    for _ in range(120_000):
-        if condition():
-            return True
-        if process.poll() is not None:
-            return False
-        time.sleep(0.001)
-    raise TimeoutError("nothing happened for two minutes")
+def wait_until(condition, process, every=0.01):
+    """Poll until a condition holds or the process ends."""
+    end = time.monotonic() + 300
+    while not condition() and process.poll() is None:
+        assert time.monotonic() < end, "nothing happened for five minutes"
+        time.sleep(every)
 
 
 def kill_at(point, process, workdir, record, draw):
-    """Kill a run at a kind of point: while it starts, after some steps, or inside a checkpoint write."""
+    """Kill a run at a kind of point: while it starts, some steps after a save, or inside a checkpoint write.
+
+    Every third write is the first one of that life; the others follow a complete one, so that the chain goes on.
+    """
+    began, saved = size(record), saved_steps(workdir)
     if point == "start":
         time.sleep(draw.uniform(0.5, 4))
-    if point == "step":
-        began, steps = size(record), draw.randrange(1, 2 * EVERY)
-        wait_until(lambda: size(record) > began, process)
-        lines = len(records(record)) + steps
-        wait_until(lambda: len(record.read_text().splitlines()) >= lines, process)
-    if point == "write":
-        began = size(record)
+    else:
         wait_until(lambda: size(record) > began, process)  # what the life before left is removed by now
-        wait_until(lambda: unfinished(workdir), process)
+        if point == "step" or draw.randrange(3):
+            wait_until(lambda: saved_steps(workdir)[-1:] > saved[-1:], process)
+    if point == "step":
+        lines = len(records(record)) + draw.randrange(1, EVERY)
+        wait_until(lambda: len(records(record)) >= lines, process)
+    if point == "write":
+        wait_until(lambda: unfinished(workdir), process, every=0.001)
         time.sleep(draw.uniform(0, 0.03))
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     return process.wait()
 
 
@@ -91,16 +92,14 @@ def test_a_run_killed_many_times_ends_like_one_never_killed(tmp_path):
     process = start(whole, tmp_path / "whole.jsonl", cache)
     assert process.wait(timeout=300) == 0
     draw, inside = random.Random(0), 0
-    points = ["start", *["step", "write"] * 10, "start", "write"]
-    for point in points:
+    for point in ("start", *("step", "write") * 9, "start", "write"):
         process = start(killed, record, cache)
         assert kill_at(point, process, killed, record, draw) == -signal.SIGKILL, "the run ended before it was killed"
         left = unfinished(killed)
         inside += bool(left)
         assert len(left) <= 1  # those of earlier lives are removed
     assert inside >= 8
-    resumed_from = saved_steps(killed)[-1]
-    assert 0 < resumed_from < STEPS
+    assert 5 * EVERY <= saved_steps(killed)[-1] < STEPS
     process = start(killed, record, cache)
     assert process.wait(timeout=300) == 0
     assert_equal_runs(killed, whole)

@@ -13,7 +13,6 @@ from jaxmm.inference import load
 from jaxmm.sharding import make_mesh
 from jaxmm.training.config import load_config
 from jaxmm.training.loop import Trainer
-from tests.training.killed_run import make_trainer
 
 CONFIG = "experiments/digits/transfusion.py:short"
 
@@ -95,19 +94,6 @@ def test_a_checkpoint_restores_onto_another_mesh(run):
         assert len(state["trainable"][path].sharding.device_set) == 8
     stacked = state["trainable"]["transformer.layers.streams.tokens.query.kernel"]
     assert np.array_equal(stacked[1], saved["transformer.layers.1.streams.tokens.query.kernel"])
-
-
-def test_a_run_goes_on_from_mesh_to_mesh(tmp_path):
-    """Three steps each on 8, on 2 x 4 and on one device give the losses of a run that stays on one."""
-    options = ["log_every=1", "checkpoint_every=3", "optimizer.schedule=constant"]
-    moved, stayed = tmp_path / "moved", tmp_path / "stayed"
-    for steps, mesh in ((3, dict(fsdp=8)), (6, dict(fsdp=2, tensor=4)), (9, {})):
-        make_trainer(moved, *options, f"steps={steps}", **mesh).run()
-    make_trainer(stayed, *options, "steps=9").run()
-    assert [line["step"] for line in lines(moved)] == list(range(1, 10))
-    for ours, expected in zip(lines(moved), lines(stayed)):
-        for name in ("loss", "loss/text", "loss/image"):
-            assert ours[name] == pytest.approx(expected[name], rel=1e-5), (ours["step"], name)
 
 
 def test_another_model_is_refused(run):
