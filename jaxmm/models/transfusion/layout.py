@@ -14,13 +14,11 @@ from jaxmm.sequence import (
     Document,
     Image,
     ImageSlot,
-    Intervals,
     Latents,
     Layout,
     StreamLayout,
     Text,
     causal,
-    together,
 )
 
 
@@ -170,35 +168,38 @@ def arrange(
     Returns:
       The layout with its labels: the next token where both are text, except after BOI.
     """
-    sizes = [part.patches(c) if isinstance(part, Picture) else 1 for part in parts]
-    length = sum(sizes)
+    ids, images = [], []
+    for part in parts:
+        if isinstance(part, Picture):
+            bucket, limit = part.bucket or bucket_name(part.values.shape), part.noise_limit
+            slot = ImageSlot(part.values, bucket, len(ids), noise_limit=limit, weight=part.weight, order=len(images))
+            images.append(slot)
+            ids += [c.pad_id] * part.patches(c)
+        else:
+            ids.append(part)
+    length = len(ids)
     if end is None:
         end = length if c.document_mask else OPEN
-    ids, in_image = np.full(length, c.pad_id, np.int32), np.zeros(length, bool)
-    bounds, images, place, positions = [], [], 0, np.ones(length, np.int32)
-    for part, size in zip(parts, sizes):
-        if isinstance(part, Picture):
-            spread = together if c.bidirectional else causal
-            bounds.append(spread(place, place + size, end))
-            in_image[place : place + size] = True
-            if c.image_positions == "shared":
-                positions[place + 1 : place + size] = 0
-            bucket = part.bucket or bucket_name(part.values.shape)
-            images.append(
-                ImageSlot(
-                    part.values, bucket, place, noise_limit=part.noise_limit, weight=part.weight, order=len(images)
-                )
-            )
-        else:
-            bounds.append(causal(place, place + 1, end))
-            ids[place] = part
-        place += size
+    places, in_image = np.arange(length, dtype=np.int32), np.zeros(length, bool)
+    intervals = causal(0, length, end)
+    for slot, picture in zip(images, (part for part in parts if isinstance(part, Picture))):
+        patches = slice(slot.slot, slot.slot + picture.patches(c))
+        in_image[patches] = True
+        if c.bidirectional:
+            intervals.start[patches] = slot.slot  # they see each other
+    ids = np.array(ids, np.int32)
     labels, weights = _labels(c, ids, in_image)
-    intervals = Intervals(*(np.concatenate(b) for b in zip(*bounds)))
-    places = np.arange(length, dtype=np.int32)
-    positions = np.cumsum(positions, dtype=np.int32) - 1
-    stream = StreamLayout(ids, places, intervals, positions, labels, weights)
+    stream = StreamLayout(ids, places, intervals, _positions(c, places, images, in_image), labels, weights)
     return Layout({"tokens": stream}, tuple(images), length, example, name, continues=not c.document_mask)
+
+
+def _positions(c: TransfusionConfig, places: np.ndarray, images: list[ImageSlot], in_image: np.ndarray) -> np.ndarray:
+    """Rotary positions: the places, or with `image_positions` "shared" one position for all patches of an image."""
+    if c.image_positions != "shared":
+        return places
+    new = ~in_image
+    new[[image.slot for image in images]] = True
+    return np.cumsum(new, dtype=np.int32) - 1
 
 
 def unconditional_prompt(c: TransfusionConfig, prompt: Layout) -> Layout:
@@ -224,7 +225,9 @@ def _null(c: TransfusionConfig, count: int) -> list[int]:
 
 def _labels(c: TransfusionConfig, ids: np.ndarray, in_image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Next-token labels and their weights: none at patches, at BOI, before a patch or a dropped word, or at the end."""
-    labels = np.append(ids[1:], np.int32(0)).astype(np.int32)
-    counted = ~in_image & ~np.append(in_image[1:], True) & (ids != c.boi_id)
-    counted &= labels != (-1 if c.null_id is None else c.null_id)
-    return np.where(counted, labels, 0).astype(np.int32), counted.astype(np.float32)
+    labels, before_image = np.zeros_like(ids), np.ones_like(in_image)
+    labels[:-1], before_image[:-1] = ids[1:], in_image[1:]
+    counted = ~(in_image | before_image | (ids == c.boi_id))
+    if c.null_id is not None:
+        counted &= labels != c.null_id
+    return labels * counted, counted.astype(np.float32)
