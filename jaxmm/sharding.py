@@ -161,10 +161,15 @@ def describe_unsharded(parameters: Mapping[str, Parameter], mesh: AnyMesh, names
     return line + (": " + ", ".join(list(whole)[:names]) + more if whole else "")
 
 
-def check_unsharded(parameters: Mapping[str, Parameter], mesh: AnyMesh, limit: float = 0.02) -> None:
-    """Raise InputError if every device would hold more than that share of the parameters whole."""
+def check_unsharded(
+    parameters: Mapping[str, Parameter], mesh: AnyMesh, limit: float = 0.02, least: int = 2**20
+) -> None:
+    """Raise InputError if every device would hold more than that share of the parameters whole.
+
+    So few as `least` parameters may be whole in any case: 4 MiB, the adapters of a small model.
+    """
     whole, total = unsharded(parameters, mesh), sum(spec.size for spec in parameters.values())
-    if sum(whole.values()) > limit * total:
+    if sum(whole.values()) > max(limit * total, least):
         sizes = {axis: size for axis, size in mesh.shape.items() if size > 1}
         raise InputError(
             f"mesh {sizes} divides too few sizes of this model: {describe_unsharded(parameters, mesh)}; "
