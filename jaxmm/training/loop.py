@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -112,11 +111,9 @@ class Trainer:
             raise InputError(f"cannot write to {self.workdir}: {error.strerror or error}") from error
 
     def _record(self, step: int) -> None:
-        """Write what this start is made of; say what is not sharded."""
+        """Write what this start is made of."""
         whole = unsharded(self.blueprint.parameters, self.mesh)
         record_start(self.workdir, self.config, self.origin, self.mesh, step, whole)
-        if self.mesh.size > 1:
-            print(describe_unsharded(self.blueprint.parameters, self.mesh), file=sys.stderr)
 
     def _start(self, checkpoints: Checkpoints, iterator: Any) -> State:
         latest = checkpoints.latest()
@@ -138,6 +135,8 @@ class Trainer:
             progress = stack.enter_context(contextlib.closing(Progress(c.steps, start)))
             profile = stack.enter_context(contextlib.closing(ProfileWindow(c.profile, self.workdir / "profile")))
             stop = stack.enter_context(StopRequests())
+            if self.mesh.size > 1:
+                progress.say(describe_unsharded(self.blueprint.parameters, self.mesh))
             work = Work.of_step(self.loss, state, batch, key, self.mesh)
             meter, unchecked = Meter("data_wait", "samples", "save"), None
             for step in range(start + 1, c.steps + 1):

@@ -48,6 +48,7 @@ def make_config(vae, pictures):
     return config
 
 
+@pytest.mark.slow
 def test_training_through_a_frozen_vae(folders, tmp_path):
     vae, pictures = folders
     trainer = Trainer(make_config(vae, pictures), tmp_path)

@@ -123,7 +123,8 @@ def test_losses_are_those_of_the_pixels(folders, cache, tmp_path):
 
 def test_records_are_the_posteriors_of_the_documents(folders, cache):
     config = make_config(folders)
-    source, cached, model = make_sources(config)[""], LatentFolder(str(cache)), model_config(config)
+    model = model_config(config)
+    source, cached = make_sources(config, model)[""], LatentFolder(str(cache))
     codec, weights = Blueprint(lambda rngs: KLAutoencoder(model.codec, rngs=rngs)), codec_weights(config.codec, model)
     moments = jax.jit(lambda pixels: codec.bind(subset(weights, "codec.")).moments(pixels)[0])
     assert len(cached) == len(source) == 10
@@ -211,13 +212,13 @@ def test_latents_of_another_codec_are_refused(folders, cache, tmp_path):
     tensors["encoder.conv_in.bias"] = tensors["encoder.conv_in.bias"] + np.float32(1e-6)
     save_file(tensors, vae / "diffusion_pytorch_model.safetensors")
     config = of_cache(make_config(folders), cache)
-    make_sources(config)
+    make_sources(config, model_config(config))
     config.codec = str(vae)
     with pytest.raises(InputError, match="are of another codec .* than config key 'codec' names"):
-        make_sources(config)
+        make_sources(config, model_config(config))
     config.codec = ""
     with pytest.raises(InputError, match="cached latents belong to a codec: name its folder, --config.codec=FOLDER"):
-        make_sources(config)
+        make_sources(config, model_config(config))
     source = LatentFolder(str(cache))
     source.check(source.manifest.codec, [16, 16])
     with pytest.raises(InputError, match="of images of .16, 16. pixels, not .32, 16."):
@@ -302,7 +303,7 @@ def test_the_verb_writes_what_training_reads(folders, tmp_path, capsys):
     overrides = ["data.source=latents", f"data.options.path={output}"]
     config = load_config(str(experiment), overrides)
     assert config.data.options.to_dict() == {"path": str(output)}
-    source = make_sources(config)[""]
+    source = make_sources(config, model_config(config))[""]
     assert source[9].segments[0].text == "w9" and source[9].segments[1].moments.shape == (8, 8, 8)
 
 

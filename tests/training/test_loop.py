@@ -124,6 +124,7 @@ def test_one_seed_draws_the_same_on_one_and_on_eight_devices(run):
     assert np.abs(one[0] - one[1]).max() > 1
 
 
+@pytest.mark.slow
 def test_a_run_in_mixed_precision_resumes_and_loads(tmp_path):
     """Frozen parameters are saved in bfloat16 there, and read in the format that is asked for."""
     config = tiny_config("policy=mixed", "optimizer.frozen=('time\\..*',)", "steps=4")
